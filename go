@@ -26,7 +26,8 @@ import sys
 import time
 
 if sys.version_info < (3, 11):  # noqa: UP036  reached by `python go`, as on Windows
-    sys.exit("go: error: onetorch needs Python 3.11 or newer, and this is " + sys.version.split()[0] + " (" + sys.executable + ")")
+    sys.stderr.write("go: error: onetorch needs Python 3.11 or newer, and this is " + sys.version.split()[0] + " (" + sys.executable + ")\n")
+    sys.exit(2)
 
 ROOT = os.path.dirname(os.path.realpath(__file__))
 VENV = os.path.join(ROOT, ".venv")
@@ -120,7 +121,7 @@ def usable(found: str) -> bool:
         return runs and found != UNFINISHED and found.split("\n")[:2] == stamp().split("\n")[:2]
     if runs or set(os.listdir(VENV)) <= {"go.guard", "go.log"} or os.path.exists(os.path.join(VENV, "pyvenv.cfg")):
         return runs  # someone's own environment serves; a broken one is no loss
-    raise Failed(f"{VENV} is there, but no virtual environment: move it away and run ./go again")
+    raise Failed(f"{VENV} is there and is no virtual environment: move it away and run ./go again")
 
 
 def clear() -> None:
@@ -180,11 +181,11 @@ def install(guard: int, make: bool) -> None:
         if backend:
             if not uv:
                 call(f"{UV}, which knows where the {backend} build of torch is", *pip, UV)
-            chooser = uv or os.path.join(BIN, "uv.exe" if WINDOWS else "uv")
-            call(f"the {backend} build of torch", chooser, "pip", "install", "--python", PYTHON, "--torch-backend", backend, f"torch=={torch}", "--constraint", PINS)
+            chooser = [uv or os.path.join(BIN, "uv.exe" if WINDOWS else "uv"), "pip", "install", "--python", PYTHON, "--torch-backend", backend]
+            call(f"the {backend} build of torch", *chooser, f"torch=={torch}", "--constraint", PINS)
     call("the dependencies", *pip, "--requirement", PINS)
     call("onetorch", *pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
-    call("the first import", PYTHON, "-c", "import torch, gymnasium, safetensors.torch, onetorch.cli")  # shows that it works, and compiles what every start needs
+    call("the first import", PYTHON, "-c", "import torch, gymnasium, safetensors.torch, onetorch.cli")  # shows that it works, and compiles what a start needs
 
 
 def torch_backend(version: str, cuda: bool, platform: str, driver: int | None) -> str | None:
@@ -204,14 +205,14 @@ def torch_backend(version: str, cuda: bool, platform: str, driver: int | None) -
 def resolve_with_uv(uv: str, version: str) -> tuple[str, bool]:
     """The version of torch that uv would install, and whether CUDA's libraries come with it."""
     command = [uv, "pip", "compile", "-", "--python", PYTHON, "--quiet", "--no-header", "--no-annotate"]
-    found = ask("which torch there is", command, f"torch=={version}\n")
+    found = ask("the choice of torch's build", command, f"torch=={version}\n")
     names = dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", found, re.MULTILINE))
     return names.get("torch", version), any(name.startswith("nvidia-") for name in names)
 
 
 def resolve_with_pip(version: str) -> tuple[str, bool]:
     """The same for pip. Its dry run would not do: before 25.3 that downloads what it would install."""
-    found = ask("which torch there is", [PYTHON, "-m", "pip", "index", "versions", "torch"])
+    found = ask("the choice of torch's build", [PYTHON, "-m", "pip", "index", "versions", "torch"])
     versions = re.findall(r"[^\s,]+", found.partition("Available versions:")[2].partition("\n")[0])
     best = next((each for each in versions if each.split("+")[0] == version), version)  # best first: 2.13.0+cpu before 2.13.0
     return best, sys.platform == "linux"
@@ -222,8 +223,7 @@ def nvidia_driver() -> int | None:
     smi = shutil.which("nvidia-smi")
     if smi:
         answer = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-        if answer.returncode == 0 and answer.stdout[:1].isdigit():
-            return int(answer.stdout.split(".")[0])
+        return int(answer.stdout.split(".")[0]) if answer.returncode == 0 and answer.stdout[:1].isdigit() else None
     if os.path.exists("/dev/nvidiactl") and os.path.exists("/proc/driver/nvidia/version"):
         found = re.search(r"Kernel Module.*?\s(\d+)\.\d", read("/proc/driver/nvidia/version"))
         return int(found[1]) if found else OLDEST_DRIVER
