@@ -46,7 +46,7 @@ def recipe(of: str, *, reaches: str) -> Callable[[Callable[[Any], Any]], Recipe]
 
 def known() -> dict[str, Recipe]:
     """Every recipe by name: the algorithms under their own names first."""
-    named = {}
+    named: dict[str, Recipe] = {}
     for part in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{part.name}")
         named |= {r.name: r for r in vars(module).values() if isinstance(r, Recipe)}

@@ -1,11 +1,12 @@
 """An algorithm file: where it is, its `Config` read without importing torch, and the file as a module.
 
-An algorithm is one Python file with `Config`, `build(config)`, `train(config, run)` and `evaluate(model, config, *, media=None, …)`. The command line has to know
-its fields before it does any work, and importing torch takes a second, so the file is first only *read*: of its top-level statements those are executed
-that `Config` and the signature of `evaluate` need, and no others.
+An algorithm is one Python file with `Config`, `build(config)`, `train(config, run)` and `evaluate(model, config, *, media=None, …)`. The command line has to
+know its fields before it does any work, and importing torch takes a second, so the file is first only *read*: of its top-level statements those are
+executed that `Config` and the signature of `evaluate` need, and no others.
 """
 
 import ast
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from onetorch.runs import folder
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import UsageError
 
@@ -80,6 +82,20 @@ def read(name_or_path: str | Path) -> Algorithm:
     return _read(path.resolve(), None)
 
 
+def of_run(where: Path) -> Algorithm:
+    """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there."""
+    if not folder.holds_run(where):
+        raise UsageError(f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}")
+    name = folder.read_json(where / "config.json").get("algorithm")
+    if name == "source.py":
+        return read(where / "source.py")
+    # Only the name of a file of ours is taken from the folder, never a module to import.
+    known = {f"onetorch.{p.parent.name}.{p.stem}": n for n, p in builtin().items()}
+    if name not in known:
+        raise UsageError(f"{where / 'config.json'} names the algorithm {name!r}, which this onetorch does not have")
+    return read(known[name])
+
+
 def _read(path: Path, module: str | None) -> Algorithm:
     try:
         text = path.read_text(encoding="utf-8")
@@ -119,15 +135,11 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
     evaluate = bound["evaluate"]
     if isinstance(evaluate, ast.FunctionDef):
         # Only the keyword-only options count here: their defaults and annotations are kept, the body and the rest of the signature are not.
-        arguments = ast.arguments(
-            posonlyargs=[],
-            args=[ast.arg(arg=a.arg) for a in evaluate.args.posonlyargs + evaluate.args.args],
-            kwonlyargs=[a if a.arg != "media" else ast.arg(arg="media") for a in evaluate.args.kwonlyargs],
-            kw_defaults=evaluate.args.kw_defaults,
-            defaults=[],
-        )
-        signature = ast.FunctionDef(name="evaluate", args=arguments, body=[ast.Pass()], decorator_list=[], type_params=[])
-        evaluate = ast.fix_missing_locations(ast.copy_location(signature, evaluate))
+        evaluate = copy.deepcopy(evaluate)
+        evaluate.body, evaluate.decorator_list, evaluate.returns, evaluate.args.defaults = [ast.Pass()], [], None, []
+        for argument in evaluate.args.posonlyargs + evaluate.args.args + [a for a in evaluate.args.kwonlyargs if a.arg == "media"]:
+            argument.annotation = None
+        ast.fix_missing_locations(evaluate)
     statements = {**bound, "evaluate": evaluate}
     needed, queue = set[str](), ["Config", "evaluate"]
     while queue:

@@ -4,9 +4,9 @@
       model.safetensors   the weights, readable by anyone        state.safetensors   every other tensor of the state
       state.json          the rest of the state                  manifest.json       step, and size and SHA-256 of each file
 
-Rules. A checkpoint MUST hold exactly these names as regular files; the manifest MUST name the other three; sizes MUST be compared before a file is read, and the bytes
-that were hashed MUST be the bytes that are parsed. The folder's name MUST be the manifest's step. "The latest" is the highest step whose manifest verifies; it is
-computed, never stored. A reader MUST NOT use pickle and MUST raise CheckpointError, and nothing else, for whatever it finds.
+Rules. A checkpoint MUST hold these names as regular files; the manifest MUST name the other three and no more; sizes MUST be compared before a file is
+read, and the bytes that were hashed MUST be the bytes that are parsed. The folder's name MUST be the manifest's step. "The latest" is the highest step
+whose manifest verifies; it is computed, never stored. A reader MUST NOT use pickle and MUST raise CheckpointError, and nothing else, for whatever it finds.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[st
         _sync_folder(parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"no checkpoint written at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
+        raise RunError(f"no checkpoint at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
     _retire(parent, keep)
     return target
 

@@ -7,8 +7,8 @@ class OneTorchError(Exception):
     exit_code = 3
 
 
-class UsageError(OneTorchError):
-    """The command, a name or a value is wrong; nothing was done."""
+class UsageError(OneTorchError, ValueError):
+    """The command, a name or a value is wrong; nothing was done. Also a ValueError, as library code expects of a wrong argument."""
 
     exit_code = 2
 
@@ -21,7 +21,7 @@ class CheckpointError(RunError):
     """A checkpoint cannot be trusted or does not fit: damaged, incomplete, of another run, config or format."""
 
 
-class NonFinite(RunError):
+class NonFinite(RunError):  # noqa: N818 (what it is, not that it is one)
     """A loss, gradient or weight is NaN or infinite; raised before it can reach the weights or a checkpoint."""
 
 

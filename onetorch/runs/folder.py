@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from onetorch.runs.config import from_json
 from onetorch.runs.errors import RunError, UsageError
 
 FORMAT = 1  # of config.json, run.json and the checkpoints; raised when an older reader would misread a newer folder
@@ -72,6 +73,11 @@ def holds_run(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
+def config(path: Path, Config: type) -> Any:
+    """The config of the run in `path` as an instance of the algorithm's `Config`."""
+    return from_json(read_json(path / "config.json").get("config"), Config, f"{path / 'config.json'}")
+
+
 class Lock:
     """The exclusive right to write into a run's folder; freed by the kernel however the process ends."""
 
@@ -85,7 +91,8 @@ class Lock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.file.close()
-            raise UsageError(f"{folder} is in use by {self.path.read_text().strip() or 'another process'}; wait for it or stop it, or choose another --dir") from error
+            owner = self.path.read_text(encoding="utf-8").strip() or "another process"
+            raise UsageError(f"{folder} is in use by {owner}; wait for it or stop it, or choose another --dir") from error
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self.file.flush()

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from onetorch.runs import checkpoint, folder, plan, provenance, state
-from onetorch.runs.config import from_json, to_json
+from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.progress import Progress, clock
 
@@ -187,9 +187,10 @@ class Run:
     def plan(self, measure: plan.Measure | None = None, *, key: str = "", **dimensions: tuple[Any, ...]) -> dict[str, Any]:
         """The fastest way to do this run's work on this machine.
 
-        Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a function of no
-        arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the model's size).
-        A resumed run keeps its plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and torch has its `threads`.
+        Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a
+        function of no arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the
+        model's size). A resumed run keeps its plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and
+        torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
         narrowed = plan.fix(dimensions, self._fixed)
@@ -257,7 +258,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         content_size = path.stat().st_size
         if content_size < size:
-            raise CheckpointError(f"{path} has {content_size} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy, or move the run's folder aside")
+            raise CheckpointError(f"{path} has {content_size} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy")
         with open(path, "rb") as file:
             file.seek(max(0, size - 65_536))
             tail = file.read(min(size, 65_536))
@@ -501,9 +502,3 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {self.record['status']}, after {clock(self.cost()[0])})"
-
-
-def open_config(path: Path, Config: type) -> Any:
-    """The config of the run in `path` as an instance of the algorithm's `Config`."""
-    entry = folder.read_json(path / "config.json")
-    return from_json(entry.get("config"), Config, str(path / "config.json"))

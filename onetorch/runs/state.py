@@ -1,7 +1,7 @@
 """An algorithm's state as tensors (safetensors) and JSON, and back, bit for bit. No pickle, so loading executes nothing.
 
-A state is a dataclass whose fields are objects with `state_dict()` / `load_state_dict()`, tensors, numpy arrays, random generators (torch, numpy, Python), plain
-values, or lists, tuples and dicts of these. JSON has fewer types than Python; what it lacks is written as an object with one `$kind` key.
+A state is a dataclass whose fields are objects with `state_dict()` / `load_state_dict()`, tensors, numpy arrays, random generators (torch, numpy, Python),
+plain values, or lists, tuples and dicts of these. JSON has fewer types than Python; what it lacks is written as an object with one `$kind` key.
 """
 
 import dataclasses
