@@ -1,0 +1,204 @@
+"""Checkpoints that are whole or not there: written aside, flushed to disk, renamed; believed only when every hash agrees.
+
+    checkpoints/00001200/
+      model.safetensors   the weights, readable by anyone        state.safetensors   every other tensor of the state
+      state.json          the rest of the state                  manifest.json       step, and size and SHA-256 of each file
+
+Rules. A checkpoint MUST hold these names as regular files; the manifest MUST name the other three and no more; sizes MUST be compared before a file is
+read, and the bytes that were hashed MUST be the bytes that are parsed. The folder's name MUST be the manifest's step. "The latest" is the highest step
+whose manifest verifies; it is computed, never stored. A reader MUST NOT use pickle and MUST raise CheckpointError, and nothing else, for whatever it finds.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from onetorch.runs.errors import CheckpointError, RunError
+from onetorch.runs.folder import FORMAT, explain
+
+MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, STATE, RECORD)
+MANIFEST_LIMIT = 65_536  # bytes; a manifest of ours has about 400
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    folder: Path
+    step: int
+    model: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+
+def folder_name(step: int) -> str:
+    """The name under which a checkpoint of `step` stands; the digits make names sort as numbers do."""
+    return f"{step:08d}"
+
+
+def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[str, torch.Tensor], record: dict[str, Any], keep: int = 2) -> Path:
+    """Write a checkpoint atomically into `parent` and retire all but the newest `keep`. RunError if the disk does not take it: what was there before stands."""
+    target = parent / folder_name(step)
+    temporary = parent / f".new-{target.name}-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        with ThreadPoolExecutor(2 * len(FILES)) as pool:
+            # Flushing is waiting for the disk and hashing is work for a core: both release the GIL, so all files do both at once.
+            contents = {MODEL: _serialize(model), STATE: _serialize(state), RECORD: json.dumps(record, allow_nan=False).encode()}
+            hashes = {name: pool.submit(_sha256, content) for name, content in contents.items()}
+            writes = [pool.submit(_write, temporary / name, content) for name, content in contents.items()]
+            for write in writes:
+                write.result()
+            files = {name: {"bytes": len(contents[name]), "sha256": hashes[name].result()} for name in FILES}
+        _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode())
+        _sync_folder(temporary)
+        if target.exists():
+            # Only a damaged one can stand here: resuming goes on from the newest that verifies. It is kept for whoever wants to look.
+            os.rename(target, parent / f".damaged-{target.name}-{os.getpid()}")
+        os.rename(temporary, target)
+        _sync_folder(parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"no checkpoint at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
+    _retire(parent, keep)
+    return target
+
+
+def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
+    # Tied tensors share memory, which safetensors refuses; each name gets its own copy and loading into the tied module is the same.
+    seen: set[tuple[int, int]] = set()
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel() and (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) in seen:
+            tensor = tensor.clone()
+        seen.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        whole[name] = tensor
+    return safetensors.torch.save(whole)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb", buffering=0) as file:
+        view = memoryview(content)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _retire(parent: Path, keep: int) -> None:
+    """Remove all but the newest `keep` and what killed saves left. A folder is renamed before it is emptied, so that none is ever seen half there."""
+    for old in steps(parent)[keep:]:
+        with contextlib.suppress(OSError):  # what stays is removed by the next save
+            os.rename(parent / folder_name(old), parent / f".old-{folder_name(old)}")
+    for path in parent.iterdir():
+        if path.name.startswith((".old-", ".new-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def steps(parent: Path) -> list[int]:
+    """The steps of the checkpoints in `parent`, newest first, verified or not."""
+    if not parent.is_dir():
+        return []
+    return sorted((int(p.name) for p in parent.iterdir() if p.name.isascii() and p.name.isdigit() and p.name == folder_name(int(p.name))), reverse=True)
+
+
+def load(folder: Path, only_model: bool = False) -> Checkpoint:
+    """Read and verify one checkpoint. CheckpointError says what is wrong with it."""
+    manifest = _manifest(folder)
+    contents: dict[str, bytes] = {}
+    for name in FILES:
+        if only_model and name == STATE:
+            continue
+        expected = manifest["files"][name]
+        content = _read(folder / name, expected["bytes"])
+        if _sha256(content) != expected["sha256"]:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+        contents[name] = content
+    try:
+        record = json.loads(contents[RECORD])
+        model = safetensors.torch.load(contents[MODEL])
+        state = {} if only_model else safetensors.torch.load(contents[STATE])
+    except Exception as error:
+        # The hashes agree, so a fault of the writer or a forged folder; safetensors has several exception types of its own.
+        raise CheckpointError(f"{folder} cannot be read although its hashes agree: {error}") from error
+    if not isinstance(record, dict) or record.get("step") != manifest["step"]:
+        raise CheckpointError(f"{folder / RECORD} is of another step than the manifest")
+    return Checkpoint(folder, manifest["step"], model, state, record)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(_read(path, None))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"{path} has format {found!r}, this onetorch reads format {FORMAT}; use the version of onetorch that wrote it")
+    files = manifest.get("files")
+    if set(manifest) != {"format", "step", "files"} or not isinstance(files, dict) or set(files) != set(FILES):
+        raise CheckpointError(f"{path} is damaged: expected format, step and the files {', '.join(FILES)}")
+    for entry in files.values():
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"} or type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise CheckpointError(f"{path} is damaged: a file needs bytes and sha256")
+    if type(manifest["step"]) is not int or folder.name != folder_name(manifest["step"]):
+        raise CheckpointError(f"{folder} is not the checkpoint of step {manifest['step']!r} that its manifest says; was it renamed or swapped?")
+    return manifest
+
+
+def _read(path: Path, size: int | None) -> bytes:
+    try:
+        # O_NOFOLLOW: a link could point at anything; the size is compared before a byte is read.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if size is None and found > MANIFEST_LIMIT:
+                raise CheckpointError(f"{path} is damaged: {found} bytes where at most {MANIFEST_LIMIT} are expected")
+            if size is not None and found != size:
+                raise CheckpointError(f"{path} is damaged: {found} bytes where the manifest says {size}")
+            return file.read(found)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(explain(error, path)) from error
+
+
+def newest(parent: Path, only_model: bool = False) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint that verifies, or None when there is none at all, and what is wrong with newer ones.
+
+    Raises CheckpointError when checkpoints stand there and not one verifies: going on from nothing would lose work in silence.
+    """
+    damaged: list[CheckpointError] = []
+    for step in steps(parent):
+        try:
+            return load(parent / folder_name(step), only_model), damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    if damaged:
+        raise CheckpointError(
+            f"all {len(damaged)} checkpoints in {parent} are unusable ({'; '.join(map(str, damaged))}); nothing was changed: "
+            "restore one from a copy, or begin again in another --dir"
+        )
+    return None, []

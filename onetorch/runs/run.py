@@ -1,0 +1,504 @@
+"""A run: one execution of an algorithm, and the folder that holds it.
+
+The algorithm owns its loop and calls a few verbs; without the lines that say `run.` a correct program remains:
+
+    state = run.restore(State(model, optimizer, …))
+    for state.iteration in run.steps(state.iteration, total):
+        …
+        run.finite(loss=loss, grad_norm=norm)
+        run.log(step, loss=loss)
+        run.checkpoint(state)
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+
+from onetorch.runs import checkpoint, folder, plan, provenance, state
+from onetorch.runs.config import to_json
+from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
+from onetorch.runs.progress import Progress, clock
+
+S = TypeVar("S")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE = 18.0  # seconds a step may still take after a stop signal; whoever sent it waits 20
+CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or …
+CHECKPOINT_SHARE = 0.03  # … longer, so that saving takes at most this share of the time
+FLUSH_SECONDS = 0.5  # a row of metrics is in the file at most this much later
+
+
+class Run:
+    """One execution of an algorithm in `folder`.
+
+    Args:
+        folder: where the run stands or shall stand; created if need be.
+        config: the algorithm's frozen dataclass; of a resumed run it must be the one it was begun with.
+        recipe: the name the run goes by; `algorithm`: the module or file that runs.
+        source: path of the algorithm's file; a user's own file is copied into the folder, so that the folder is enough to go on.
+        command: the words that repeat this run.
+        fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
+        resume: go on with what stands in `folder`; else a folder that holds a run is refused.
+        time_limit: seconds after which the run stops as if told to.
+        checkpoint_seconds: least time between two checkpoints.
+        quiet: show no progress.
+
+    Use it in a `with` statement: leaving it records how the run ended and gives the folder free.
+
+    Raises UsageError when the folder is in use, holds a run already or something else, RunError when it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder_: str | os.PathLike[str],
+        config: Any,
+        *,
+        recipe: str | None = None,
+        algorithm: str | None = None,
+        source: Path | None = None,
+        command: list[str] | None = None,
+        fixed: dict[str, str] | None = None,
+        resume: bool = False,
+        time_limit: float | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        quiet: bool = False,
+    ) -> None:
+        self.folder = Path(folder_)
+        self.config = config
+        self.quiet = quiet
+        self.iteration = 0
+        self._total: int | None = None
+        self._resume = resume
+        self._fixed = fixed or {}
+        self._limit = time_limit
+        self._checkpoint_seconds = checkpoint_seconds
+        self._stop: tuple[str, int] | None = None  # (why, exit code) once a signal or the time limit has come
+        self._handlers: dict[int, Any] = {}
+        self._watchdog: threading.Timer | None = None
+        self._state: Any = None
+        self._saved: int | None = None  # iteration of the newest checkpoint
+        self._save_cost = 0.0
+        self._progress: Progress | None = None
+        self._shown: dict[str, float] = {}
+        self._rows: list[bytes] = []
+        self._last_step: int | None = None
+        self._open(recipe, algorithm, source, command)
+        self._start = self._saved_at = self._flushed = time.perf_counter()
+        self._start_cpu = time.process_time()
+        self._before = (0.0, 0.0)  # wall and CPU seconds spent before this process
+
+    # -- the folder ------------------------------------------------------------------------------------------------------------------------
+
+    def _open(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None) -> None:
+        if not dataclasses.is_dataclass(self.config) or isinstance(self.config, type):
+            raise UsageError(f"a run's config must be an instance of a dataclass, got {self.config!r}")
+        path = self.folder
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; a run needs a folder of its own")
+        if not self._resume:
+            if folder.holds_run(path):
+                raise UsageError(f"{path} already holds a run; `onetorch resume {shlex.quote(str(path))}` goes on with it, or choose another --dir")
+            ours = ("run.lock", "run.json", "source.py", "git.diff", "media")  # what a run killed in its first moments leaves
+            foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")] if path.is_dir() else []
+            if foreign:
+                raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
+        elif not folder.holds_run(path):
+            raise UsageError(f"{path} holds no run (no config.json); begin one with `onetorch train RECIPE --dir {shlex.quote(str(path))}`")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(folder.explain(error, path)) from error
+        self._lock = folder.Lock(path)
+        try:
+            if self._resume:
+                self._reopen()
+            else:
+                self._begin(recipe, algorithm, source, command)
+            self._metrics = open(path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            self._lock.release()
+            raise RunError(folder.explain(error, path)) from error
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None) -> None:
+        if folder.holds_run(self.folder):
+            raise UsageError(f"{self.folder} holds a run that another process began just now; choose another --dir")
+        git, diff = provenance.git(source) if source else (None, "")
+        self.record: dict[str, Any] = {
+            "format": folder.FORMAT,
+            "status": "running",
+            "pid": os.getpid(),
+            "recipe": recipe or type(self.config).__module__.rpartition(".")[2],
+            "command": shlex.join(command or provenance.command()),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seed": getattr(self.config, "seed", None),
+            "git": git,
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+            "plan": {},
+            "progress": {"done": 0, "total": None, "unit": "steps"},
+            "cost": {"seconds": 0.0, "cpu_seconds": 0.0},
+            "result": {},
+        }
+        if diff:
+            (self.folder / "git.diff").write_text(diff, encoding="utf-8")
+        if source and algorithm is None:
+            shutil.copyfile(source, self.folder / "source.py")
+        folder.write_json(self.folder / "run.json", self.record)
+        # Last: a folder holds a run from the moment that its config stands in it.
+        entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or "source.py", "config": to_json(self.config)}
+        folder.write_json(self.folder / "config.json", entry)
+
+    def _reopen(self) -> None:
+        self.record = folder.read_json(self.folder / "run.json")
+        saved = folder.read_json(self.folder / "config.json").get("config")
+        if saved != to_json(self.config):
+            raise UsageError(f"{self.folder / 'config.json'} is not the config that was given; a run goes on with its own")
+        self.record |= {"status": "running", "pid": os.getpid()}
+        self.record.setdefault("resumed", []).append(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        folder.write_json(self.folder / "run.json", self.record)
+
+    @property
+    def media(self) -> Path:
+        """The folder for pictures, videos and samples, created on first use."""
+        path = self.folder / "media"
+        path.mkdir(exist_ok=True)
+        return path
+
+    # -- the verbs of the loop -------------------------------------------------------------------------------------------------------------
+
+    def plan(self, measure: plan.Measure | None = None, *, key: str = "", **dimensions: tuple[Any, ...]) -> dict[str, Any]:
+        """The fastest way to do this run's work on this machine.
+
+        Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a
+        function of no arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the
+        model's size). A resumed run keeps its plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and
+        torch has its `threads`.
+        """
+        dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
+        narrowed = plan.fix(dimensions, self._fixed)
+        # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
+        narrowed["device"] = narrowed["device"][:1]
+        recorded = self.record["plan"]
+        key = plan.cache_key(key or self.record["recipe"], narrowed)
+        note = ""
+        if self._resume and recorded and recorded.keys() == narrowed.keys():
+            choice = {name: next((v for v in (*narrowed[name], *dimensions[name]) if v == recorded[name]), recorded[name]) for name in narrowed}
+            note = "as recorded"
+        elif (kept := plan.cached(key, narrowed)) is not None:
+            choice, note = kept, "measured earlier on this machine"
+        else:
+            generators = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+            choice, seconds = plan.choose(measure, narrowed)
+            torch.set_rng_state(generators[0])
+            np.random.set_state(generators[1])
+            random.setstate(generators[2])
+            note = f"measured in {seconds:.1f} s" if seconds else "nothing to measure"
+            problem = plan.keep(key, choice) if seconds else None
+            if problem:
+                note += f", not kept for the next run: {problem}"
+        plan.set_threads(choice)
+        self.record["plan"] = choice
+        folder.write_json(self.folder / "run.json", self.record)
+        self.say(f"plan: {plan.show(choice)} ({note}; --plan fixes it)")
+        return dict(choice)
+
+    def restore(self, live: S) -> S:
+        """Bring a state (a dataclass) to the newest valid checkpoint; unchanged where there is none. Returns the same object.
+
+        Raises CheckpointError when checkpoints stand there and none can be used, or when config or code are not the ones that wrote it.
+        """
+        if not (dataclasses.is_dataclass(live) and not isinstance(live, type)):
+            raise TypeError(f"restore: expected an instance of the algorithm's State dataclass, got {type(live).__name__}")
+        self._state = live
+        if not self._resume:
+            return live
+        found, damaged = checkpoint.newest(self.folder / "checkpoints")
+        for problem in damaged:
+            self.say(f"{problem}; going on from an older checkpoint")
+        if found is None:
+            self.say(f"{self.folder} was stopped before its first checkpoint: it begins again")
+            self._cut_metrics(0, None)
+            return live
+        self._check_config(found.record.get("config"))
+        state.restore_state(live, found.record["state"], found.model, found.state)
+        self._saved = self.iteration = found.step
+        self._before = (float(found.record["seconds"]), float(found.record["cpu_seconds"]))
+        self._last_step = found.record["last_step"]
+        self._cut_metrics(found.record["metrics_bytes"], self._last_step)
+        self.say(f"goes on from {found.folder}")
+        return live
+
+    def _check_config(self, saved: Any) -> None:
+        now = to_json(self.config)
+        if saved != now:
+            changed = [k for k in {*now, *saved} if saved.get(k) != now.get(k)] if isinstance(saved, dict) else []
+            what = "; ".join(f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed))
+            raise CheckpointError(f"{self.folder / 'config.json'} changed since the checkpoint ({what}): put it back, or begin a new run in another --dir")
+
+    def _cut_metrics(self, size: int, last_step: int | None) -> None:
+        """Take off the rows that were written after the checkpoint, so that none stands twice."""
+        path = self.folder / "metrics.jsonl"
+        content_size = path.stat().st_size
+        if content_size < size:
+            raise CheckpointError(f"{path} has {content_size} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy")
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 65_536))
+            tail = file.read(min(size, 65_536))
+        last: Any = None
+        if tail:
+            try:
+                last = json.loads(tail[:-1].rpartition(b"\n")[2])["step"] if tail.endswith(b"\n") else None
+            except (ValueError, LookupError, TypeError, RecursionError):
+                last = None
+        if last != last_step:
+            raise CheckpointError(f"{path} is not the file the checkpoint knows (step {last_step} expected at byte {size}); restore it from a copy")
+        os.truncate(path, size)
+
+    def steps(self, done: int, total: int, *, unit: str = "steps", scale: int = 1) -> Iterator[int]:
+        """The iterations still to do, `done + 1` to `total`, with a progress bar, stop signals and the time limit.
+
+        `scale` is how many `unit` an iteration stands for. A state given to `restore` is saved when the loop ends. Raises Stopped.
+        """
+        self.record["progress"] = {"done": done, "total": total, "unit": unit, "scale": scale}
+        self._total = total
+        self._progress = Progress(done, total, unit, scale, self.quiet)
+        self.iteration = done
+        self._start_signals()
+        try:
+            for iteration in range(done + 1, total + 1):
+                self._leave_if_told()
+                self.iteration = iteration
+                yield iteration
+                self.record["progress"]["done"] = iteration
+                self._progress.update(iteration, self._shown)
+                if self._limit is not None and time.perf_counter() - self._start > self._limit and self._stop is None:
+                    self._stop = ("the time limit is reached", 0)
+            self._leave_if_told()
+            self._progress.update(total, self._shown, last=True)
+        finally:
+            self._progress.close()
+            self._progress = None
+
+    def log(self, step: int, **values: Any) -> None:
+        """One row of metrics at `step` (a number that never falls). None is left out. ValueError for NaN, infinity or something that is no number or text."""
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(f"log: step {step} comes after step {self._last_step}; steps never fall")
+        now = time.perf_counter()
+        row: dict[str, Any] = {
+            "step": step,
+            "seconds": round(self._before[0] + now - self._start, 4),
+            "cpu_seconds": round(self._before[1] + time.process_time() - self._start_cpu, 4),
+        }
+        for name, value in values.items():
+            kind = type(value)
+            if kind is not float and kind is not int:
+                if value is None:
+                    continue
+                if kind is not str and kind is not bool:
+                    try:
+                        value = value.item()
+                    except (AttributeError, RuntimeError, ValueError) as error:
+                        raise ValueError(f"log: {name} must be one number or a text, got {value!r}") from error
+            row[name] = value
+        try:
+            text = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            bad = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+            raise ValueError(f"log: not finite at step {step}: {bad}; leave a value out by giving None") from error
+        self._last_step = step
+        self._rows.append(text.encode() + b"\n")
+        if not self._shown:
+            self._shown = {k: v for k, v in list(row.items())[3:6] if isinstance(v, int | float)}
+        else:
+            for name in self._shown:
+                if isinstance(row.get(name), int | float):
+                    self._shown[name] = row[name]
+        if now - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def show(self, **values: float) -> None:
+        """The numbers beside the progress bar; else the first three that are logged."""
+        self._shown = values
+
+    def _flush(self, sync: bool = False) -> None:
+        try:
+            view = memoryview(b"".join(self._rows))
+            self._rows.clear()
+            while view:
+                view = view[self._metrics.write(view) :]
+            if sync:
+                os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise RunError(f"{folder.explain(error, self.folder / 'metrics.jsonl')}; {self._last_good()}") from error
+        self._flushed = time.perf_counter()
+
+    def finite(self, **values: Any) -> None:
+        """Raise NonFinite if a loss or gradient norm is NaN or infinite. Call it before the optimizer's step, so that the weights stay good."""
+        for name, value in values.items():
+            number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            good = bool(torch.isfinite(number).all()) if isinstance(number, torch.Tensor) else math.isfinite(number)
+            if not good:
+                raise NonFinite(f"{name} is {number} in iteration {self.iteration}: the weights were not changed by it; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        if self._saved is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.folder / 'checkpoints' / checkpoint.folder_name(self._saved)}"
+
+    def checkpoint(self, live: Any) -> None:
+        """Save the state, if it is time to or the run was told to stop. Call it at the end of each iteration.
+
+        Raises NonFinite if a NaN stands in the state, RunError if the disk does not take it.
+        """
+        self._state = live
+        since = time.perf_counter() - self._saved_at
+        due = since >= max(self._checkpoint_seconds, self._save_cost / CHECKPOINT_SHARE)
+        if due or self._stop or self.iteration == self._total:
+            self._save(live)
+
+    def _save(self, live: Any) -> None:
+        if self._saved == self.iteration:
+            return
+        begin = time.perf_counter()
+        self._flush(sync=True)
+        tree, model, others = state.pack_state(live)
+        bad = state.find_nan(model) or state.find_nan(others)
+        if bad:
+            raise NonFinite(f"{bad} holds NaN after iteration {self.iteration}: nothing was saved; {self._last_good()}")
+        seconds, cpu_seconds = self.cost()
+        record = {
+            "format": folder.FORMAT,
+            "step": self.iteration,
+            "last_step": self._last_step,
+            "metrics_bytes": self._metrics.seek(0, os.SEEK_END),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "config": to_json(self.config),
+            "state": tree,
+        }
+        checkpoint.save(self.folder / "checkpoints", self.iteration, model, others, record)
+        self._saved, self._saved_at = self.iteration, time.perf_counter()
+        self._save_cost = self._saved_at - begin
+        self.record["progress"]["done"] = self.iteration
+        self._write_record()
+
+    # -- stopping --------------------------------------------------------------------------------------------------------------------------
+
+    def _start_signals(self) -> None:
+        if self._handlers or threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        name, code = signal.Signals(number).name, 128 + number
+        if self._stop and self._stop[1]:
+            self._leave_now(code)
+        self._stop = (f"{name} came", code)
+        self._watchdog = threading.Timer(GRACE, self._leave_now, (code, f"the step took longer than {GRACE:.0f} s"))
+        self._watchdog.daemon = True
+        self._watchdog.start()
+        # Not through sys.stderr, which the signal may have interrupted in the middle of a write.
+        os.write(2, f"\n{name}: finishes this step, saves and stops (once more: at once)\n".encode())
+
+    def _leave_now(self, code: int, why: str = "told twice") -> None:
+        # A save under way is lost with this process, and only it: what stands under its own name is whole.
+        show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{show_cursor}\nonetorch: {why}: left at once; {self._last_good()}\n".encode())
+        os._exit(code)
+
+    def _leave_if_told(self) -> None:
+        if self._stop:
+            if self._state is not None and self.iteration > 0:
+                self._save(self._state)
+            raise Stopped(*self._stop)
+
+    def _restore_signals(self) -> None:
+        if self._watchdog:
+            self._watchdog.cancel()
+            self._watchdog = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> tuple[float, float]:
+        """Wall and CPU seconds of training so far, earlier processes of this run included."""
+        return self._before[0] + time.perf_counter() - self._start, self._before[1] + time.process_time() - self._start_cpu
+
+    def result(self, **values: Any) -> None:
+        """Record what the run reached, as `onetorch runs` shows it."""
+        self.record["result"] = {**self.record["result"], **values}
+        self._write_record()
+
+    def say(self, text: str) -> None:
+        """One line to the person at the terminal."""
+        if not self.quiet:
+            if self._progress and self._progress.bar:
+                self._progress.bar.console.print(text, highlight=False, markup=False)
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+
+    def finish(self) -> None:
+        """Training is over: save the last state, if the algorithm has not, and give the signals back."""
+        if self._state is not None and self.iteration > 0:
+            self._save(self._state)
+        self._flush(sync=True)
+        self._restore_signals()
+
+    def _write_record(self) -> None:
+        seconds, cpu_seconds = self.cost()
+        self.record["cost"] = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+        folder.write_json(self.folder / "run.json", self.record)
+
+    def close(self, status: str = "done", why: str = "") -> None:
+        """Record how the run ended and give its folder free."""
+        self._restore_signals()
+        if self._metrics.closed:
+            return
+        try:
+            self._flush()
+            self.record["status"] = status
+            self.record["why"] = why
+            self._write_record()
+        finally:
+            self._metrics.close()
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.finish()
+            self.close("done")
+            return
+        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        try:
+            self.close(status, " ".join(str(error).split()) or type(error).__name__)
+        except RunError as second:
+            # The first error is the one to hear about; a full disk refuses the note about itself too.
+            error.add_note(f"the run's record could not be written either: {second}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.record['status']}, after {clock(self.cost()[0])})"
