@@ -60,27 +60,20 @@ def main() -> int:
             times[words].append(milliseconds([ONETORCH, *words], code))
         through_go.append(milliseconds([*GO, "--version"], 0))
 
-    rows = []
-    for words in COMMANDS:
-        median = statistics.median(times[words])
-        torch = imports_torch(words)
-        rows.append({"what": " ".join(["onetorch", *words]), "ms": median, "target_ms": ANSWER_MS, "torch": torch, "met": median <= ANSWER_MS and not torch})
-    added = statistics.median(through_go) - statistics.median(times[("--version",)])
-    rows.append({"what": "added by ./go", "ms": added, "target_ms": OVERHEAD_MS, "torch": False, "met": added <= OVERHEAD_MS})
+    found = [(" ".join(["onetorch", *words]), statistics.median(times[words]), ANSWER_MS, imports_torch(words)) for words in COMMANDS]
+    found.append(("added by ./go", statistics.median(through_go) - statistics.median(times[("--version",)]), OVERHEAD_MS, False))
 
-    for row in rows:
-        row["ms"] = round(row["ms"], 1)
-        print(f"{row['what']:34} {row['ms']:7.1f} ms  (at most {row['target_ms']})  torch {'imported' if row['torch'] else 'not imported'}  {verdict(row['met'])}")
+    rows = []
+    for what, ms, target_ms, torch in found:
+        met = ms <= target_ms and not torch
+        rows.append({"what": what, "ms": round(ms, 1), "target_ms": target_ms, "imports_torch": torch, "met": met})
+        print(f"{what:34} {ms:7.1f} ms  (at most {target_ms})  {'imports torch' if torch else 'no torch'}  {'met' if met else 'MISSED'}")
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     result = {"command": "python3 benchmarks/startup.py", "rounds": ROUNDS, "statistic": "median", "machine": machine, "rows": rows}
-    target = ROOT / "benchmarks" / "results" / "startup.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    path = ROOT / "benchmarks" / "results" / "startup.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["met"] for row in rows) else 1
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
 
 
 if __name__ == "__main__":
