@@ -1,7 +1,6 @@
 """The README is true: its map names what is there, and its commands are commands."""
 
 import re
-import shlex
 from pathlib import Path
 
 from onetorch.cli import COMMAND_HELP
@@ -20,6 +19,6 @@ def test_the_map_names_every_part():
 
 
 def test_the_commands_exist():
-    commands = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.startswith("./go ")]
+    commands = [line.split() for block in BLOCKS for line in block.splitlines() if line.startswith("./go ")]
     assert len(commands) >= 10
     assert {words[1] for words in commands} <= {*COMMAND_HELP, "test"}
