@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from onetorch.rl import env_worker
+from onetorch.runs.errors import RunError, UsageError
 
 # what `step` returns: next_obs (N, D) float32, reward (N,) float32, terminated (N,) bool, truncated (N,) bool
 Step = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -153,7 +154,8 @@ class ActionMap:
         self.space = space
         if isinstance(space, gymnasium.spaces.Box):
             self.bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            self.middle, self.half = np.where(self.bounded, (space.low + space.high) / 2, 0), np.where(self.bounded, (space.high - space.low) / 2, 1)
+            low, high = np.where(self.bounded, space.low, -1.0), np.where(self.bounded, space.high, 1.0)
+            self.middle, self.half = (low + high) / 2, (high - low) / 2
 
     def __call__(self, act: Tensor) -> np.ndarray:
         if isinstance(self.space, gymnasium.spaces.Discrete):
@@ -216,7 +218,7 @@ class GymEnvs:
             i = int((bad_obs | bad_reward).nonzero()[0][0])
             what = f"observation {obs[i]}" if bad_obs[i] else f"reward {reward[i]}"
             when = f"step {self.episodes.length[i] + 1} of episode {self.episode[i]}"
-            raise ValueError(f"{self.env} number {i} gave the {what} at {when}: expected finite numbers")
+            raise RunError(f"{self.env} number {i} gave the {what} at {when}: expected finite numbers")
 
     def state_dict(self) -> dict[str, Any]:
         empty = np.empty((0, *self.action_space.shape), self.action_space.dtype)
@@ -283,7 +285,7 @@ class Worker:
             text = env_worker.read(self.answers, struct.unpack("<q", env_worker.read(self.answers, 8))[0]).decode()
         except EOFError:
             text = f"it ended with exit code {self.process.wait()}"
-        raise RuntimeError(f"a worker process of {self.env} failed: {text}")
+        raise RunError(f"a worker process of {self.env} failed: {text}")
 
     def _ready(self) -> None:
         if not self.started:  # asked for only when first needed, so that all workers start side by side
@@ -320,25 +322,25 @@ class Worker:
 def make(env: str, num_envs: int, seed: int, backend: str | None = None) -> Envs:
     """`num_envs` copies of the Gymnasium environment `env`, already reset. `backend`: one of `backends(env)`, by default the first.
 
-    ValueError for an unknown id (naming the nearest), a missing package, an unsupported space, or NaN or infinity in an observation or reward.
+    UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space; RunError, now and in `step`, for NaN or
+    infinity in an observation or reward, or when a worker process fails.
     """
     if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        raise UsageError(f"num_envs must be at least 1, got {num_envs}")
     backend = backend or backends(env)[0]
     if backend == "native" and env == "CartPole-v1":
         return CartPole(num_envs, seed)
     if backend not in ("sync", "processes"):
-        raise ValueError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*backends(env), 'sync', 'processes')))}, got {backend!r}")
+        raise UsageError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*backends(env), 'sync', 'processes')))}, got {backend!r}")
     return GymEnvs(env, num_envs, seed, workers=cores() if backend == "processes" else 0)
 
 
 def backends(env: str) -> tuple[str, ...]:
-    """The backends worth measuring for `env` on this machine, the default first."""
+    """The backends that can run `env` and are worth measuring, the default first."""
     if env == "CartPole-v1":
         return ("native", "sync")
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started
-    shareable = isinstance(entry, str) and not entry.startswith("__main__")
-    return ("sync", "processes") if shareable and cores() > 1 else ("sync",)
+    return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
 
 
 def cores() -> int:
@@ -357,9 +359,9 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
     try:
         return gymnasium.make(spec, disable_env_checker=True, **options)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise ValueError(f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[rl]'") from error
+        raise UsageError(f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[rl]'") from None
     except gymnasium.error.Error as error:
-        raise ValueError(f"{env} cannot be made: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{env} cannot be made: {str(error).splitlines()[0]}") from None
 
 
 def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
@@ -367,7 +369,7 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
         return gymnasium.spec(env)
     except (gymnasium.error.Error, ImportError) as error:
         near = _nearest(env)
-        raise ValueError(f"unknown environment {env!r}" + (f"; nearest: {', '.join(near)}" if near else f" ({str(error).splitlines()[0]})")) from error
+        raise UsageError(f"unknown environment {env!r}" + (f"; nearest: {', '.join(near)}" if near else f" ({str(error).splitlines()[0]})")) from None
 
 
 def _nearest(env: str) -> list[str]:
@@ -381,9 +383,9 @@ def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any
     spec = one.spec
     one.close()
     if not isinstance(obs, gymnasium.spaces.Box):
-        raise ValueError(f"{env} has the observation space {obs}; supported: Box")
+        raise UsageError(f"{env} has the observation space {obs}; supported: Box")
     if not isinstance(act, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
-        raise ValueError(f"{env} has the action space {act}; supported: Box, Discrete")
+        raise UsageError(f"{env} has the action space {act}; supported: Box, Discrete")
     assert spec is not None
     obs_dim = int(np.prod(obs.shape))
     if isinstance(act, gymnasium.spaces.Discrete):

@@ -105,9 +105,9 @@ def begin(config: Config, num_envs: int, backend: str) -> State:
     return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), RunningNorm(1), torch.zeros(num_envs))
 
 
-def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float) -> Tensor:
-    """-E[ min(rho A, clip(rho, 1 - eps, 1 + eps) A) ] with rho = exp(logp - logp_old); all (B,), scalar out."""
-    ratio = (logp - logp_old).exp()
+def policy_loss(log_ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
+    """-E[ min(rho A, clip(rho, 1 - eps, 1 + eps) A) ] with log_ratio = log rho = log pi(a|s) - log pi_old(a|s); (B,) each, scalar out."""
+    ratio = log_ratio.exp()
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv).mean()
 
 
@@ -150,40 +150,43 @@ def rollout(config: Config, state: State, T: int) -> dict[str, Tensor]:
 
 
 def update(config: Config, state: State, batch: dict[str, Tensor], lr: float, run: Run | None = None) -> dict[str, float | None]:
-    """Epochs of minibatch gradient steps on one batch. Returns what the new policy and critic are like on the whole of it."""
-    model, optimizer = state.model, state.optimizer
-    obs, act, logp_old, adv, value_old, ret = data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
+    """Epochs of minibatch gradient steps on one batch. Returns what was seen in the last of them, each minibatch before its step."""
+    model, optimizer, params = state.model, state.optimizer, list(state.model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = lr
+    data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
     for _ in range(config.epochs):
-        order = torch.randperm(len(obs))
-        for o, a, lp, ad, v, r in zip(*(x[order].chunk(config.minibatches) for x in data), strict=True):
-            logp, entropy = model.logp(o, a)
-            loss = policy_loss(logp, lp, ad, config.clip) + config.value_coef * value_loss(model.value(o), v, r, config.value_clip)
+        order, seen = torch.randperm(len(data[0])), []
+        for obs, act, logp_old, adv, value_old, ret in zip(*(x[order].chunk(config.minibatches) for x in data), strict=True):
+            logp, entropy = model.logp(obs, act)
+            log_ratio, entropy = logp - logp_old, entropy.mean()
+            pi_loss = policy_loss(log_ratio, adv, config.clip)
+            v_loss = value_loss(model.value(obs), value_old, ret, config.value_clip)
+            loss = pi_loss + config.value_coef * v_loss
             if config.entropy_coef:
-                loss = loss - config.entropy_coef * entropy.mean()
+                loss = loss - config.entropy_coef * entropy
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
             if run:
                 run.finite(loss=loss, grad_norm=grad_norm)
             optimizer.step()
-        with torch.no_grad():
-            log_ratio = model.logp(obs, act)[0] - logp_old
-            kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # KL(pi_old, pi) with low variance: Schulman 2020, "Approximating KL divergence"
+            seen.append((log_ratio.detach(), pi_loss.detach(), v_loss.detach(), entropy.detach()))
+        log_ratios, *means = zip(*seen, strict=True)
+        log_ratio = torch.cat(log_ratios)
+        kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # KL(pi_old, pi) with low variance: Schulman 2020, "Approximating KL divergence"
         if config.target_kl is not None and kl > config.target_kl:
             break
-    with torch.no_grad():
-        logp, entropy = model.logp(obs, act)
-        return {
-            "policy_loss": policy_loss(logp, logp_old, adv, config.clip).item(),
-            "value_loss": value_loss(model.value(obs), value_old, ret, config.value_clip).item(),
-            "kl": kl,
-            "entropy": entropy.mean().item(),
-            "clipped": ((log_ratio.exp() - 1).abs() > config.clip).float().mean().item(),
-            "explained_variance": explained_variance(value_old, ret),
-            "lr": lr,
-        }
+    pi_mean, v_mean, entropy_mean = (torch.stack(values).mean().item() for values in means)
+    return {
+        "policy_loss": pi_mean,
+        "value_loss": v_mean,
+        "entropy": entropy_mean,
+        "kl": kl,
+        "clipped": ((log_ratio.exp() - 1).abs() > config.clip).float().mean().item(),
+        "explained_variance": explained_variance(batch["value"], batch["ret"]),
+        "lr": lr,
+    }
 
 
 def train(config: Config, run: Run) -> ActorCritic:

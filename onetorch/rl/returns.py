@@ -28,7 +28,7 @@ def gae(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, t
     """
     _same_shape(reward=reward, value=value, next_value=next_value, terminated=terminated, truncated=truncated)
     adv = reward + gamma * next_value * ~terminated - value  # (T, N), delta so far
-    rows, carry = adv.unbind(), (gamma * lam * ~(terminated | truncated)).unbind()  # views, each (N,)
+    rows, carry = adv.unbind(), (gamma * lam * (~(terminated | truncated)).to(adv.dtype)).unbind()  # views, each (N,)
     for t in reversed(range(len(rows) - 1)):
         rows[t].addcmul_(carry[t], rows[t + 1])
     return adv
