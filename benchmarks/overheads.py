@@ -111,7 +111,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         result["log"] = rows(Path(name) / "log", args.rows)
         log = result["log"]
-        sys.stdout.write(f"a row of five scalars: {log['row_us_median']:.1f} us (mean {log['row_us_mean']:.1f}, p99 {log['row_us_p99']:.1f}; <= {ROW_TARGET})\n")
+        mean, tail = log["row_us_mean"], log["row_us_p99"]
+        sys.stdout.write(f"a row of five scalars: {log['row_us_median']:.1f} us (mean {mean:.1f}, p99 {tail:.1f}; <= {ROW_TARGET})\n")
         sys.stdout.write(f"a turn of run.steps and run.checkpoint, not due: {log['turn_us_median']:.2f} us (mean {log['turn_us_mean']:.2f})\n")
         result["checkpoint"] = {}
         for megabytes in (1, 10, 100):
@@ -119,8 +120,9 @@ def main() -> int:
             place.mkdir()
             row = result["checkpoint"][f"{megabytes} MiB"] = saves(place, megabytes, args.saves if megabytes < 100 else max(8, args.saves // 4))
             sys.stdout.write(
-                f"checkpoint of {megabytes} MiB: {row['ours_ms']:.1f} ms (and {row['removing_ms']:.1f} beside the training to remove the oldest), torch.save + fsync"
-                f" {row['plain_ms']:.1f} ms, ratio {row['ratio_median']:.2f} [{row['ratio_quartile_low']:.2f}, {row['ratio_quartile_high']:.2f}] (<= {SAVE_TARGET})\n"
+                f"checkpoint of {megabytes} MiB: {row['ours_ms']:.1f} ms (and {row['removing_ms']:.1f} beside the training to remove the oldest),"
+                f" torch.save + fsync {row['plain_ms']:.1f} ms, ratio {row['ratio_median']:.2f}"
+                f" [{row['ratio_quartile_low']:.2f}, {row['ratio_quartile_high']:.2f}] (<= {SAVE_TARGET})\n"
             )
     missed = [f"{size}: {row['ratio_median']:.2f}" for size, row in result["checkpoint"].items() if row["ratio_median"] > SAVE_TARGET]
     missed += [f"row: {log['row_us_median']:.1f} us"] if log["row_us_median"] > ROW_TARGET else []

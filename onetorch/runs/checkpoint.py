@@ -10,6 +10,7 @@ whose manifest verifies; it is computed, never stored. A reader MUST NOT use pic
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -110,7 +111,7 @@ DTYPES = {
 def _safetensors(tensors: dict[str, torch.Tensor]) -> list[Any]:
     """The pieces (buffers) of a safetensors file: its header and then every tensor's own memory, never copied, so that a save costs no second state in memory.
 
-    The format is the eight bytes of the header's length, the header (JSON, padded with spaces to a multiple of eight), the tensors in the order of their offsets.
+    The format is the header's length in eight bytes, the header (JSON, padded with spaces to a multiple of eight), the tensors in the order of their offsets.
     """
     header: dict[str, Any] = {}
     pieces: list[Any] = []
@@ -154,12 +155,12 @@ def _sync(path: Path) -> None:
 
 def retire(parent: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` and what killed saves left. A folder is renamed before it is emptied, so that none is ever seen half there."""
-    for old in steps(parent)[keep:]:
-        with contextlib.suppress(OSError):  # what stays is removed by the next save
-            os.rename(parent / folder_name(old), parent / f".old-{folder_name(old)}")
-    for path in parent.iterdir():
-        if path.name.startswith((".old-", ".new-")):
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what stays is removed after the next save
+        for old in steps(parent)[keep:]:
+            os.rename(parent / folder_name(old), parent / f".old-{folder_name(old)}-{secrets.token_hex(3)}")
+        for path in parent.iterdir():
+            if path.name.startswith((".old-", ".new-")):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(parent: Path) -> list[int]:
@@ -199,8 +200,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(_read(path, None))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: not JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this onetorch reads format {FORMAT}; use the version of onetorch that wrote it")
     files = manifest.get("files")
     if set(manifest) != {"format", "step", "files"} or not isinstance(files, dict) or set(files) != set(FILES):
@@ -225,7 +226,11 @@ def _read(path: Path, size: int | None) -> bytes:
             return file.read(found)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} does not fit into memory") from error
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path} is a symbolic link; a checkpoint holds the files themselves") from error
         raise CheckpointError(explain(error, path)) from error
 
 
