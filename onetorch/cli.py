@@ -220,17 +220,10 @@ def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tup
     raise UsageError(f"{name} has no field {flag!r}{nearest(flag, [*kinds, *RUN_FLAGS])}; `onetorch show {name}` lists them")
 
 
-def _text(value: Any) -> str:
-    value = configs.to_json(value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(_text, value)) + "]"
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
-
-
 def _fields(resolved: Resolved) -> Iterator[tuple[str, ...]]:
     for name, kind in configs.leaves(resolved.source.Config):
         doc = resolved.source.docs.get(name.partition(".")[0], "")
-        yield name, _text(configs.get(resolved.config, name)), resolved.origin[name], configs.type_name(kind), doc
+        yield name, configs.text(configs.get(resolved.config, name)), resolved.origin[name], configs.type_name(kind), doc
 
 
 def _table(rows: Sequence[tuple[str, ...]], widest: int = 44) -> None:
@@ -259,7 +252,7 @@ def _command_help(command: str, rest: list[str]) -> None:
     if command == "eval" and targets and folder.holds_run(Path(targets[0])):
         _print("\noptions:")
         options = algorithm.of_run(Path(targets[0])).options
-        _table([(f"  --{name}", configs.type_name(kind), _text(default)) for name, (kind, default) in options.items()])
+        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in options.items()])
 
 
 # -- commands that need no torch -----------------------------------------------------------------------------------------------------------------
