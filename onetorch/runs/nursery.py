@@ -279,6 +279,8 @@ def _child(code: Code, order: Order, source: algorithm.Algorithm, module: Any, p
             os.execv(sys.executable, [sys.executable, "-c", BOOT.format("alone(*sys.argv[2:])"), *map(json.dumps, data)])
         exit_code = trial(code, order, source, module)
         atexit._run_exitfuncs()
+    except KeyboardInterrupt:
+        exit_code = 130  # told to stop before it had begun
     except BaseException:
         traceback.print_exc()
     finally:

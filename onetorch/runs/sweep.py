@@ -528,7 +528,9 @@ def _judge(trial: Trial, code: int) -> None:
         return
     if code < 0:
         trial.state, trial.why = "killed", f"by {_signal_name(-code)}"
-    elif trial.state not in ("failed", "stopped"):
+    elif code in {128 + number for number in SIGNALS}:
+        trial.state = "stopped"
+    elif trial.state != "failed":
         trial.state = "failed"
     if trial.state == "failed" and not trial.why:
         trial.why = _last_line(trial.folder / "output.txt") or f"exit code {code}"
