@@ -180,11 +180,11 @@ def serve(descriptor: int) -> None:
 
 
 def _prepare(source: algorithm.Algorithm) -> Any:
+    module = source.load()  # first: a file that does not import is told at once
     import torch
 
     import onetorch.runs.run  # noqa: F401 (what every trial needs)
 
-    module = source.load()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimizer of a process imports half of torch once more
     gc.collect()
     gc.freeze()  # the children share what is there; a collection that touched it would copy it page by page

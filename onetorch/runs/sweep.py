@@ -39,6 +39,7 @@ ATTEMPTS = 3  # in one command, of a trial that a signal keeps killing
 ALONE = 5.0  # seconds that the first trial has for itself, to measure the speed plan that the others take from the cache
 GRACE = 25.0  # seconds that trials have to save and leave after a stop signal; a run's own limit is 18
 LOOK = 1.0  # seconds between two looks into a running trial's folder
+FRAME = 5  # lines of the table that are not trials
 PAST = 300  # the newest runs that a forecast looks at
 LENGTHS = ("total_steps", "steps")  # the fields that say how long a run is
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -533,7 +534,8 @@ def _judge(trial: Trial, code: int) -> None:
     elif trial.state != "failed":
         trial.state = "failed"
     if trial.state == "failed" and not trial.why:
-        trial.why = _last_line(trial.folder / "output.txt") or f"exit code {code}"
+        known = {UsageError.exit_code, RunError.exit_code}  # after these the last line says why
+        trial.why = (_last_line(trial.folder / "output.txt") if code in known else "") or f"it left with code {code} before it was done"
 
 
 def _signal_name(number: int) -> str:
@@ -636,7 +638,7 @@ class View:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.vertical_overflow = "visible"
-            self.live.update(self._table(len(self.made.trials)), refresh=True)
+            self.live.update(self._table(len(self.made.trials) + FRAME), refresh=True)
             self.live.stop()
             self.live = None
 
@@ -703,17 +705,19 @@ class View:
         from rich.text import Text
 
         order = {"running": 0, "failed": 1, "killed": 2, "stopped": 3, "waiting": 4, "done": 5}
-        rows = sorted(self.made.trials, key=lambda t: order.get(t.state, 6)) if room < len(self.made.trials) + 4 else self.made.trials
-        shown = rows[: max(room - 4, 1)] if room < len(rows) + 4 else rows
+        rows = self.made.trials
+        if room < len(rows) + FRAME:
+            rows = sorted(rows, key=lambda t: order.get(t.state, 6))
+        shown = rows[: max(room - FRAME, 1)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("trial", *self.made.grid, "state", "progress", "number", "time"):
-            table.add_column(column, no_wrap=True)
+            table.add_column(column, no_wrap=True, min_width=10 if column == "trial" else None)
         colours = {"running": "cyan", "done": "green", "failed": "red", "killed": "red", "stopped": "yellow"}
         for trial in shown:
             fraction, shown_number = self.at.get(trial.id, (0.0, ""))
             fraction = 1.0 if trial.state == "done" else fraction
             seconds = time.monotonic() - self.begun[trial.id] if trial.id in self.begun else trial.seconds
-            bar = ("━" * round(12 * fraction)).ljust(12, "╌") + f" {100 * fraction:3.0f} %" if fraction else ""
+            bar = ("━" * round(8 * fraction)).ljust(8, "╌") + f" {100 * fraction:3.0f} %" if fraction else ""
             said = trial.why[:60] if trial.state in ("failed", "killed") else number(trial.result) if trial.state == "done" else shown_number
             cells = [trial.id, *map(configs.text, trial.values.values()), trial.state, bar, said, took(seconds) if seconds else ""]
             table.add_row(*(Text(cell, colours.get(trial.state, "") if cell == trial.state else "") for cell in cells))
