@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import struct
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from onetorch import cli
-from onetorch.runs import folder, nursery, sweep
+from onetorch.runs import folder, nursery, sweep, sweep_view
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
@@ -149,13 +150,13 @@ def test_the_identity_of_a_trial_is_its_content():
 
 def test_a_forecast_is_the_median_of_the_likest_runs_in_proportion_to_length():
     def past(seconds, **config):
-        return sweep.Past({"lr": 0.1, "width": 8, "seed": 0, "steps": 100, **config}, seconds)
+        return sweep_view.Past({"lr": 0.1, "width": 8, "seed": 0, "steps": 100, **config}, seconds)
 
     known = [past(10.0), past(12.0, seed=1), past(40.0, seed=2), past(1000.0, width=64), past(30.0, width=64, steps=10)]
-    assert sweep.estimate({"lr": 0.1, "width": 8, "seed": 9, "steps": 300}, known) == 36.0  # 3 x the median of 10, 12, 40
-    assert sweep.estimate({"lr": 0.1, "width": 64, "seed": 9, "steps": 100}, known) == 650.0  # of 1000 and 300
-    assert sweep.estimate({"lr": 0.7, "width": 8, "seed": 9, "steps": 100}, known) == 12.0
-    assert sweep.estimate({"lr": 0.1}, []) is None
+    assert sweep_view.estimate({"lr": 0.1, "width": 8, "seed": 9, "steps": 300}, known) == 36.0  # 3 x the median of 10, 12, 40
+    assert sweep_view.estimate({"lr": 0.1, "width": 64, "seed": 9, "steps": 100}, known) == 650.0  # of 1000 and 300
+    assert sweep_view.estimate({"lr": 0.7, "width": 8, "seed": 9, "steps": 100}, known) == 12.0
+    assert sweep_view.estimate({"lr": 0.1}, []) is None
 
 
 def test_slots_share_cores_and_gpus(monkeypatch):
@@ -219,7 +220,7 @@ def test_64_trials_on_a_terminal_then_the_same_command_again(tmp_path):
     assert all(json.loads(text)["status"] == "done" for text in records.values())
     # Any of them is what `train` with the words in its record makes.
     path = trials[0]
-    again = json.loads(records[path])["command"].split()
+    again = shlex.split(json.loads(records[path])["command"])
     assert again[:2] == ["onetorch", "train"]
     assert cli.main([*again[1:], "--dir", "alone"]) == 0
     assert weights(path) == weights(Path("alone"))
