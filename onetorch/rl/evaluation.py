@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,19 @@ def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int =
 
 
 @torch.no_grad()
-def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000) -> str | None:
-    """One episode as an H.264 video at `path`. Returns None, or in one line why there is no video: a missing extra, or nothing to render with."""
+def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000, max_seconds: float = 10.0) -> str | None:
+    """One episode, or as much of it as can be drawn in `max_seconds` (without a GPU a frame of MuJoCo takes a tenth of a second), as an H.264 video at `path`.
+
+    Returns None, or in one line why there is no video: a missing extra, or nothing to render with.
+    """
     try:
         import av
     except ImportError:
         return "no video: it needs the package av: pip install 'onetorch[media]'"
-    # Pygame draws into memory and must look for no screen; the user's own setting stands.
+    # Both draw into memory and must look for no screen; the user's own settings stand.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         one = environments.make_one(env, render_mode="rgb_array")
     except ValueError as error:
@@ -80,11 +86,12 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=round(one.metadata.get("render_fps") or 30))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            deadline = time.monotonic() + max_seconds
             for _ in range(max_frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")))
                 act = policy(torch.from_numpy(np.array(obs, np.float32).reshape(1, -1)))
                 obs, _, terminated, truncated, _ = one.step(mapped(act)[0])
-                if terminated or truncated:
+                if terminated or truncated or time.monotonic() > deadline:
                     break
                 frame = one.render()
             container.mux(stream.encode())
