@@ -1,5 +1,6 @@
 """What a policy earns: returns over separate episodes, with an interval, and a video of one."""
 
+import contextlib
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from onetorch.rl import envs as environments
+from onetorch.runs.errors import UsageError
 
 Policy = Callable[[Tensor], Tensor]  # observations (N, D) to actions (N, …), as envs.step takes them
 
@@ -28,7 +30,7 @@ def interval(values: list[float]) -> tuple[float, float]:
         return mean, 0.0
     z, nu = 1.959964, n - 1
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    t = {1: 12.7062, 2: 4.3027}.get(nu, z + sum(term / nu**k for k, term in enumerate(terms, 1)))
+    t = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}.get(nu, z + sum(term / nu**k for k, term in enumerate(terms, 1)))
     return mean, t * math.sqrt(sum((v - mean) ** 2 for v in values) / nu / n)
 
 
@@ -39,7 +41,7 @@ def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int =
     An episode still running after `max_steps` counts as it stands, and `unfinished` says how many did.
     """
     if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+        raise UsageError(f"episodes must be at least 1, got {episodes}")
     envs = environments.make(env, episodes, seed)
     total, length, running = np.zeros(episodes), np.zeros(episodes, np.int64), np.ones(episodes, bool)
     for _ in range(max_steps):
@@ -73,6 +75,9 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
+        with contextlib.closing(environments.make_one(env)) as plain:
+            if "rgb_array" not in plain.metadata.get("render_modes", ()):
+                return f"no video: {env} does not render to rgb_array"
         one = environments.make_one(env, render_mode="rgb_array")
     except ValueError as error:
         return f"no video: {error}"
@@ -80,8 +85,6 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
     try:
         obs, _ = one.reset(seed=seed)
         frame: Any = one.render()
-        if not isinstance(frame, np.ndarray):
-            return f"no video: {env} renders no rgb_array"
         height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2  # H.264 wants even sides
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=round(one.metadata.get("render_fps") or 30))
