@@ -200,7 +200,7 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     sizes = (config.num_envs,) if config.num_envs else tuple(n for n in (64, 32, 16, 8, 4, 2, 1) if config.batch_size % n == 0 and config.batch_size // n >= 64)
     threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
-    key = f"ppo {config.env} {config.hidden} {config.batch_size} {config.minibatches}"
+    key = f"ppo {config.env} {config.hidden} {config.batch_size} {config.epochs} {config.minibatches}"
     plan = run.plan(measure, key=key, num_envs=sizes or (1,), backend=environments.backends(config.env), threads=threads)
     N = plan["num_envs"]
     T = max(1, config.batch_size // N)
