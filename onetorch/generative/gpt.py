@@ -173,9 +173,11 @@ def build(config: Config) -> GPT:
 
 
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    muon = torch.optim.Muon(model.blocks.parameters(), lr=config.lr_matrix, momentum=config.momentum, weight_decay=0.0)
-    tables = {"params": [model.bytes.weight, model.ngrams.weight], "lr": config.lr_embedding}
-    dense = {"params": [model.head.weight, model.mix.weight], "lr": config.lr_head}
+    """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to."""
+    matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix}
+    tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding}
+    dense = {"params": [model.head.weight, model.mix.weight], "rate": config.lr_head}
+    muon = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
     return muon, torch.optim.AdamW([tables, dense], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -207,15 +209,14 @@ def train(config: Config, run: Run) -> GPT:
     )
     model = prepare(build(config), plan)
     muon, adam = optimizers(model, config)
-    rates = [(group, group["lr"]) for optimizer in (muon, adam) for group in optimizer.param_groups]
     digest = data.digest(text)
     state = run.restore(State(model, muon, adam, torch.Generator().manual_seed(config.seed), digest))
     if state.text != digest:
         raise ValueError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
 
     for state.iteration in run.steps(state.iteration, config.steps):
-        for group, rate in rates:
-            group["lr"] = rate * schedule(state.iteration, config)
+        for group in muon.param_groups + adam.param_groups:
+            group["lr"] = group["rate"] * schedule(state.iteration, config)
         window = data.batch(train_text, config.batch, config.context, state.generator).to(plan["device"])
         loss = nll(model, window).mean()
         loss.backward()
