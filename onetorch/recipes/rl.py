@@ -5,7 +5,13 @@ from typing import Any
 from onetorch.recipes import recipe
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 475 of 500 after 90,000 steps, seconds on one core")
+def ppo(Config: Any) -> Any:
+    """Proximal Policy Optimization (PPO-Clip), Schulman et al. 2017, arXiv:1707.06347."""
+    return Config()
+
+
+@recipe("ppo", reaches="mean return 3,000 after 300,000 steps, 100 CPU-s on one core")
 def ppo_halfcheetah(Config: Any) -> Any:
     """PPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`): observations and rewards normalised, a first policy of standard deviation one half.
 
