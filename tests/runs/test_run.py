@@ -406,12 +406,12 @@ class Disk:
         return call
 
 
-@pytest.mark.parametrize(("error", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the file system is read-only")])
-def test_a_disk_that_refuses_at_any_moment_loses_nothing(tmp_path: Path, every: None, error: int, said: str) -> None:
+@pytest.mark.parametrize(("error", "said", "stride"), [(errno.ENOSPC, "the disk is full", 1), (errno.EROFS, "the file system is read-only", 9)])
+def test_a_disk_that_refuses_at_any_moment_loses_nothing(tmp_path: Path, every: None, error: int, said: str, stride: int) -> None:
     config = idea.Config(steps=3)
     train(tmp_path / "whole", config=config)
     refused = 0
-    for allowed in range(200):
+    for allowed in range(0, 200, stride):
         where = tmp_path / str(allowed)
         with pytest.MonkeyPatch.context() as patch:
             Disk(patch, allowed, error)
@@ -429,13 +429,13 @@ def test_a_disk_that_refuses_at_any_moment_loses_nothing(tmp_path: Path, every: 
             newest = max(checkpoint.steps(where / "checkpoints"), default=0)
             for step in checkpoint.steps(where / "checkpoints"):
                 checkpoint.load(where / "checkpoints" / checkpoint.folder_name(step))
-            train(where, resume=True, config=config)
             assert newest <= 3
+            train(where, resume=True, config=config)
         else:
             train(where, config=config)
         assert outcome(where) == outcome(tmp_path / "whole")
         shutil.rmtree(where)
-    assert refused > 40
+    assert refused * stride > 40
 
 
 def test_a_file_size_limit_is_named(tmp_path: Path, every: None) -> None:
@@ -573,9 +573,9 @@ def begun(where: Path, process: subprocess.Popen[str]) -> None:
 def test_signals_kills_and_continuation_in_fresh_processes(tmp_path: Path) -> None:
     """One test for many processes, since each takes seconds to import torch: they run at the same time."""
     steady = ["--steps", "150", "--pause", "0.02", "--seed", "3"]
-    names = ("whole", "term", "twice", "kill", "early")
+    names = ("whole", "term", "kill", "early")
     processes = {name: start("train", str(IDEA), *steady, "--checkpoint_seconds", "0.2", "--dir", str(tmp_path / name)) for name in names[:-1]}
-    processes["early"] = start("train", str(IDEA), *steady, "--dir", str(tmp_path / "early"))  # ten seconds between checkpoints
+    processes["early"] = start("train", str(IDEA), *steady, "--checkpoint_seconds", "9999", "--dir", str(tmp_path / "early"))
     slow = start("train", str(IDEA), "--steps", "3", "--pause", "60", "--dir", str(tmp_path / "slow"))
     for name in names:
         begun(tmp_path / name, processes[name])
@@ -583,12 +583,11 @@ def test_signals_kills_and_continuation_in_fresh_processes(tmp_path: Path) -> No
     time.sleep(0.6)
     for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL), ("early", signal.SIGKILL)):
         processes[name].send_signal(number)
-    out = {name: (*processes[name].communicate(timeout=60), processes[name].returncode) for name in names if name != "twice"}
+    out = {name: (*processes[name].communicate(timeout=60), processes[name].returncode) for name in names}
     while not (tmp_path / "slow" / "run.lock").exists():
         time.sleep(0.05)
     time.sleep(1.0)
-    for process in (processes["twice"], slow):
-        process.send_signal(signal.SIGTERM)
+    slow.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     begin = time.monotonic()
     slow.send_signal(signal.SIGTERM)
@@ -597,7 +596,6 @@ def test_signals_kills_and_continuation_in_fresh_processes(tmp_path: Path) -> No
     assert slow.returncode == 143
     assert "SIGTERM: finishes this step, saves and stops (once more: at once)" in said
     assert "left at once; there is no checkpoint yet" in said
-    processes["twice"].communicate(timeout=30)
 
     assert {name: out[name][2] for name in out} == {"whole": 0, "term": 143, "kill": -9, "early": -9}
     _, refused = second.communicate(timeout=60)
