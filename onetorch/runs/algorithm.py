@@ -156,7 +156,8 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
         if name in statements and name not in needed:
             needed.add(name)
             if not isinstance(statements[name], ast.Import | ast.ImportFrom):
-                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name)]
+                # Only names that are read: a field may have the name of a module that the file imports.
+                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
     body: list[ast.stmt] = []
     for node in tree.body:
         names = set(_binds(node))

@@ -46,6 +46,7 @@ class Config:
     mode: Literal["a", "b"] = "a"; other: int = 1  # two on a line
     optim: Optim = Optim()  # nested
     many: tuple[int, ...] = (1, 2)
+    torch: int = 3  # a field with the name of an import
 
 
 def build(config: Config) -> torch.nn.Module:
@@ -71,6 +72,7 @@ def test_config_is_read_without_running_the_file(tmp_path: Path) -> None:
     found = algorithm.read(write(tmp_path, RICH))
     config = found.Config()
     assert config.width == 64
+    assert config.torch == 3
     assert config.optim.betas == (0.9, 0.999)
     assert found.doc == "A file with all that a Config may hold."
     assert found.docs["seed"] == "of everything"
