@@ -266,3 +266,9 @@ def test_a_field_must_not_hide_a_run_option(say: Any) -> None:
     code, _, err = say("show", "mine.py")
     assert code == 2
     assert "the field plan has the name of a run option" in err
+
+
+def test_a_path_from_the_command_line_holds_from_everywhere(say: Any) -> None:
+    resolved = cli._resolve("gpt", {"data": ["some/text.txt"]})
+    assert resolved.config.data == Path.cwd() / "some" / "text.txt"
+    assert resolved.given == ["--data", "some/text.txt"]
