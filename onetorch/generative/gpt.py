@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetorch.generative import data, ngram, sampling
+from onetorch.runs import provenance
 from onetorch.runs.run import Run
 
 BYTES = 256
@@ -203,7 +204,7 @@ def train(config: Config, run: Run) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows}",
-        threads=(1, 2, 4),
+        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
         dtype=("float32", "bfloat16"),
         attention=("explicit", "sdpa"),
     )
@@ -224,10 +225,12 @@ def train(config: Config, run: Run) -> GPT:
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
-        evaluated = {}
+        evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             val_loss, val_se, _ = score(model, held_out, config.eval_windows)
             evaluated = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2), "val_bpb_se": val_se / math.log(2)}
+        if state.iteration == config.steps:
+            evaluated["ngram_bpb"] = ngram.bits_per_byte(train_text, held_out)
         run.log(state.iteration, loss=loss, **evaluated)
         run.checkpoint(state)
     return model
