@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # an optimizer imports it on first use, which takes seconds in every process
 
 from onetorch import cli
 from onetorch.runs import checkpoint, folder, provenance

@@ -155,8 +155,9 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
         name = queue.pop()
         if name in statements and name not in needed:
             needed.add(name)
+            # Names that are read: a field called `data` is no use of a module of that name.
             if not isinstance(statements[name], ast.Import | ast.ImportFrom):
-                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name)]
+                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
     body: list[ast.stmt] = []
     for node in tree.body:
         names = set(_binds(node))
