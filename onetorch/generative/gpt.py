@@ -38,17 +38,17 @@ class Config:
     data: Path | None = None  # a text file or a folder of text files; none: the source of Python's standard library
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last tenth; or, to choose settings, on the tenth before it, untrained too
     seed: int = 0  # of weights and batches
-    steps: int = 2000  # optimizer steps
-    batch: int = 24  # windows in a step
+    steps: int = 1000  # optimizer steps
+    batch: int = 16  # windows in a step
     context: int = 256  # bytes in a window
-    layers: int = 4  # transformer blocks
-    heads: int = 4  # attention heads in a block
-    width: int = 256  # of the residual stream; a multiple of 2 * heads
-    ngram_orders: tuple[int, ...] = (2, 3)  # lengths of the byte n-grams that are embedded too
-    ngram_rows: int = 16384  # rows of the table of hashed n-grams, shared by all orders
+    layers: int = 2  # transformer blocks
+    heads: int = 3  # attention heads in a block
+    width: int = 192  # of the residual stream; a multiple of 2 * heads
+    ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the byte n-grams that are embedded too
+    ngram_rows: int = 131_072  # rows of the table of hashed n-grams, shared by all orders
     ngram_width: int = 32  # columns of it
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
-    lr_matrix: float = 0.03  # Muon's step size: matrices of the blocks
+    lr_matrix: float = 0.04  # Muon's step size: matrices of the blocks
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
     momentum: float = 0.9  # Muon's
@@ -204,8 +204,8 @@ def train(config: Config, run: Run) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows}",
-        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
         dtype=("float32", "bfloat16"),
+        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
         attention=("explicit", "sdpa"),
     )
     model = prepare(build(config), plan)
@@ -243,9 +243,9 @@ def prepare(model: GPT, choice: dict) -> GPT:
 
 
 def trial(config: Config, choice: dict):
-    """One forward and backward pass under a choice of the speed plan."""
+    """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
     model = prepare(build(config), choice)
-    window = torch.randint(BYTES, (config.batch, config.context + 1), device=choice["device"])
+    window = torch.randint(BYTES, (-(-config.batch // 4), config.context + 1), device=choice["device"])
     return lambda: nll(model, window).mean().backward()
 
 

@@ -16,8 +16,9 @@ from onetorch.runs.errors import NonFinite, UsageError
 from onetorch.runs.run import Run
 
 TINY = gpt.Config(
-    steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, warmup=2, eval_every=4, eval_windows=4, rotary_base=30.0
-)
+    steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_orders=(2, 3), ngram_rows=50, ngram_width=8, lr_matrix=0.03, warmup=2, rotary_base=30.0,
+    eval_every=4, eval_windows=4,
+)  # fmt: skip
 PLAN = "threads=1,dtype=float32,attention=explicit"
 
 
