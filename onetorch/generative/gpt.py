@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from onetorch.generative import data, ngram, sampling
 from onetorch.runs import provenance
+from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
 BYTES = 256
@@ -213,7 +214,7 @@ def train(config: Config, run: Run) -> GPT:
     digest = data.digest(text)
     state = run.restore(State(model, muon, adam, torch.Generator().manual_seed(config.seed), digest))
     if state.text != digest:
-        raise ValueError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+        raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
 
     for state.iteration in run.steps(state.iteration, config.steps):
         for group in muon.param_groups + adam.param_groups:
@@ -291,7 +292,15 @@ def evaluate(
     """Bits per byte on the held-out split with standard error, beside those of the count model; samples to media/samples.txt.
 
     windows: how many are scored, evenly spread; none: all. samples, length (bytes), prompt, temperature, top_k: of the text that is written.
+    Raises UsageError naming an option that is out of range.
     """
+    for name, value, least in (("windows", windows, 2), ("samples", samples, 1), ("length", length, 1), ("prompt's length", len(prompt), 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    try:
+        sampling.check(temperature, top_k)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     text = data.read(config.data)
     train_text, held_out = data.parts(text, config.context, config.held_out, config.data)
     loss, se, count = score(model, held_out, windows)

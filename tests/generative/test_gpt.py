@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onetorch.generative import gpt
 from onetorch.runs import plan
-from onetorch.runs.errors import NonFinite, UsageError
+from onetorch.runs.errors import NonFinite, RunError, UsageError
 from onetorch.runs.run import Run
 
 TINY = gpt.Config(
@@ -196,7 +196,7 @@ def test_samples_follow_prompt_temperature_and_generator() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    {"steps": 0}, {"batch": -1}, {"width": 18}, {"lr_matrix": 0.0}, {"lr_head": math.inf}, {"momentum": 1.0}, {"decay": 0.0}, {"ngram_orders": (1,)},
+    {"steps": 0}, {"batch": -1}, {"width": 20}, {"lr_matrix": 0.0}, {"lr_head": math.inf}, {"momentum": 1.0}, {"decay": 0.0}, {"ngram_orders": (1,)},
     {"rotary_base": 1.0}, {"eval_windows": 1},
 ])  # fmt: skip
 def test_wrong_configs_are_named(wrong: dict) -> None:
@@ -236,6 +236,12 @@ def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, m
     with pytest.raises(NonFinite, match="loss is nan in iteration 3"), start(config, tmp_path / "run") as run:
         gpt.train(config, run)
     assert all(p.isfinite().all() for p in calls[0].parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 1}, {"samples": 0}, {"length": 0}, {"prompt": ""}, {"temperature": -1.0}, {"top_k": -1}])
+def test_wrong_options_are_named(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        gpt.evaluate(gpt.build(TINY), TINY, **wrong)
 
 
 def test_no_data_is_one_line(tmp_path: Path) -> None:
@@ -289,6 +295,6 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
         gpt.train(config, run)
     assert config.data is not None
     config.data.write_bytes(config.data.read_bytes()[::-1])
-    with pytest.raises(ValueError, match=r"the text is not the one this run was begun with"):
+    with pytest.raises(RunError, match=r"the text is not the one this run was begun with"):
         with Run(tmp_path / "run", config, resume=True, quiet=True) as run:
             gpt.train(config, run)
