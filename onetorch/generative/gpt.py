@@ -222,7 +222,8 @@ def train(config: Config, run: Run) -> GPT:
         window = data.batch(train_text, config.batch, config.context, state.generator).to(plan["device"])
         loss = nll(model, window).mean()
         loss.backward()
-        run.finite(loss=loss)
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        run.finite(loss=loss, grad_norm=grad_norm)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
@@ -232,7 +233,7 @@ def train(config: Config, run: Run) -> GPT:
             evaluated = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2), "val_bpb_se": val_se / math.log(2)}
         if state.iteration == config.steps:
             evaluated["ngram_bpb"] = ngram.bits_per_byte(train_text, held_out)
-        run.log(state.iteration, loss=loss, **evaluated)
+        run.log(state.iteration, loss=loss, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
     return model
 

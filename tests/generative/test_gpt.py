@@ -224,16 +224,22 @@ def test_training_learns_and_evaluates(tmp_path: Path) -> None:
     assert "--- sample 2 ---\nto " in samples
 
 
-def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
+def test_a_loss_or_gradient_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float) -> None:
     config, real = replace(TINY, data=text_file(tmp_path)), gpt.nll
     calls: list[gpt.GPT] = []
 
     def broken(model: gpt.GPT, window: Tensor) -> Tensor:
         calls.append(model)
-        return real(model, window) * (math.nan if len(calls) == 3 else 1.0)
+        losses = real(model, window)
+        if len(calls) == 3 and what == "loss":
+            return losses * value
+        if len(calls) == 3:
+            losses.register_hook(lambda grad: grad * value)  # the loss is a number, its gradient is none
+        return losses
 
     monkeypatch.setattr(gpt, "nll", broken)
-    with pytest.raises(NonFinite, match="loss is nan in iteration 3"), start(config, tmp_path / "run") as run:
+    with pytest.raises(NonFinite, match=f"{what} is (nan|inf) in iteration 3"), start(config, tmp_path / "run") as run:
         gpt.train(config, run)
     assert all(p.isfinite().all() for p in calls[0].parameters())
 
