@@ -183,7 +183,7 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
         contents[name] = content
     try:
-        record = json.loads(contents[RECORD])
+        record = json.loads(contents[RECORD].decode())
         model = safetensors.torch.load(contents[MODEL])
         state = {} if only_model else safetensors.torch.load(contents[STATE])
     except Exception as error:
@@ -197,7 +197,7 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(_read(path, None))
+        manifest = json.loads(_read(path, None).decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: not JSON") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
