@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IDEA = ROOT / "tests" / "runs" / "idea.py"
 TARGET_MS = 50
-TRIALS, STEPS, ROUNDS = 64, 5, 5
+TRIALS, STEPS, ROUNDS = 64, 5, 3
 
 LOOP = """
 import sys

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import gc
 import json
 import os
@@ -165,9 +166,16 @@ def serve(descriptor: int) -> None:
     """The nursery's life: import, then fork a child for each order until the socket's other end is gone."""
     with socket.socket(fileno=descriptor) as link, link.makefile("rb") as lines:
         code = Code(**json.loads(lines.readline()))
+        # For the seconds in which nobody here listens: a sweep that dies meanwhile means SIGIO, and that means the end.
+        fcntl.fcntl(link, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(link, fcntl.F_GETFL)
+        fcntl.fcntl(link, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if select.select([link], [], [], 0)[0]:
+            return  # it died already
         try:
             source = code.read()
             module = _prepare(source)
+            fcntl.fcntl(link, fcntl.F_SETFL, flags)
         except Exception as error:
             if not isinstance(error, OneTorchError):
                 traceback.print_exception(error)
@@ -304,8 +312,9 @@ def trial(code: Code, order: Order, source: algorithm.Algorithm, module: Any) ->
 
     from onetorch.runs.run import CHECKPOINT_SECONDS, Run
 
-    random.seed()  # all children come off the same state, which must not look like chance
-    np.random.seed()
+    # All children come off the same state. An algorithm seeds what it uses; what it forgot differs from trial to trial and repeats with the trial.
+    random.seed(order.id)
+    np.random.seed(int(order.id, 16) % 2**32)
     path = Path(order.folder)
     deadline = time.monotonic() + PATIENCE
     while folder.owner(path) and time.monotonic() < deadline:
