@@ -268,8 +268,9 @@ def _signal_group(leader: int, number: int) -> None:
 
 
 def _child(code: Code, order: Order, source: algorithm.Algorithm, module: Any, git: Git, parent: int) -> NoReturn:
-    """The first steps of a trial's process. It leaves by `os._exit`: the nursery's own exit is not for it to do."""
+    """The first and last steps of a trial's process."""
     exit_code = 70
+    atexit._clear()  # what the nursery has to do at its end is not for its children to do
     try:
         os.setpgid(0, 0)
         if sys.platform == "linux":
