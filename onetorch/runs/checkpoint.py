@@ -29,8 +29,8 @@ from onetorch.runs.folder import FORMAT, explain
 
 MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, STATE, RECORD)
-BESIDE_BYTES = 4 << 20  # a state larger than this is flushed while it is hashed
 MANIFEST_LIMIT = 65_536  # bytes; a manifest of ours has about 400
+FLUSHERS = ThreadPoolExecutor(len(FILES) + 2, thread_name_prefix="flush")  # starts its threads when first asked
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,24 @@ def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[st
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        with ThreadPoolExecutor(1) as beside:
-            # Flushing is waiting for the disk and hashing is work for a core; both release the GIL, so one goes on beside the other. A small state is
-            # hashed sooner than a thread starts; of many small flushes in a row the first does the work.
-            large = sum(t.nbytes for tensors in (model, state) for t in tensors.values()) > BESIDE_BYTES
-            flushes = []
-            for name, pieces in contents.items():
-                _write(temporary / name, pieces)
-                if large:
-                    flushes.append(beside.submit(_sync, temporary / name))
-            manifest = {"format": FORMAT, "step": step, "files": {name: _entry(pieces) for name, pieces in contents.items()}}
-            for flush in flushes:
-                flush.result()
-        for name in () if large else FILES:
-            _sync(temporary / name)
+        # Flushing is waiting for the disk, which takes several files at once, and hashing is work for a core: all go on beside each other.
+        flushes = []
+        for name, pieces in contents.items():
+            _write(temporary / name, pieces)
+            flushes.append(FLUSHERS.submit(_sync, temporary / name))
+        manifest = {"format": FORMAT, "step": step, "files": {name: _entry(pieces) for name, pieces in contents.items()}}
         _write(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        flushes += [FLUSHERS.submit(_sync, path) for path in (temporary / MANIFEST, temporary)]
+        for flush in flushes:
+            flush.result()
         for later in steps(parent):
             if later >= step:
                 # Only damaged ones can stand here: resuming goes on from the newest that verifies. They are kept for whoever wants to look, under a
                 # name that does not count, lest good ones be retired in their stead.
                 os.rename(parent / folder_name(later), parent / f".damaged-{folder_name(later)}-{secrets.token_hex(3)}")
         os.rename(temporary, target)
-        _sync(parent)
-        _sync(parent.parent)
+        for flush in [FLUSHERS.submit(_sync, path) for path in (parent, parent.parent)]:
+            flush.result()
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"no checkpoint at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
