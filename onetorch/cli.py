@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onetorch import __version__, recipes
-from onetorch.runs import algorithm, folder
+from onetorch.runs import algorithm, folder, sweep
 from onetorch.runs import config as configs
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import OneTorchError, RunError, Stopped, UsageError
@@ -26,7 +26,8 @@ onetorch: create, run and share optimized PyTorch models
   onetorch list                              the recipes and what each reaches
   onetorch show RECIPE [--field value …]     a recipe's config, with the origin of each value
   onetorch train RECIPE [--field value …]    train; leaves a folder runs/RECIPE-xxxxxx
-  onetorch resume DIR                        go on with a run, bit for bit
+  onetorch sweep RECIPE [--field a b c …]    one run for each combination of the values
+  onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
   onetorch eval RUN [--option value …]       evaluate a run from its folder alone
   onetorch new NAME --from RECIPE            a recipe as a file of yours, to change at will
@@ -41,14 +42,27 @@ RUN_FLAGS = {
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
 }
+SWEEP_FLAGS = {
+    "dir": "the sweep's folder (else runs/sweep-RECIPE-xxxxxxxx, the same for the same trials)",
+    "plan": RUN_FLAGS["plan"],
+    "slots": "trials at a time (else one per GPU, without GPUs one per core); the cores are divided among them",
+    "on": "ray or ray:ADDRESS: run the trials on a Ray cluster that sees the same folder",
+    "time_limit": RUN_FLAGS["time_limit"],
+    "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
+}
 RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds")}
 
 COMMAND_HELP = {
     "list": "onetorch list: the recipes, their algorithms and what each is expected to reach.",
     "show": "onetorch show RECIPE [--field value …]: the config that `train` would use, each value with its origin.",
-    "train": "onetorch train RECIPE [--field value …] [run options]: train and leave a run's folder.",
-    "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit.",
-    "runs": "onetorch runs [DIR …]: the runs in DIR (else ./runs), newest first: state, progress, result, cost.",
+    "train": "onetorch train RECIPE [--field value …] [run options]: train and leave a run's folder. Several values for a field make it a sweep.",
+    "sweep": """\
+onetorch sweep RECIPE --field value value … [sweep options]: train one run for each combination of the values.
+  onetorch sweep ppo --lr 1e-3 3e-4 --seed 0..4     ten runs; 0..4 is 0 1 2 3 4; lists are written [64,64] [256,256]
+The same command once more skips what is done, goes on with what was stopped or killed, and tries once more what failed.
+Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Exit code 3 when a trial is not done.""",
+    "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit; or with the sweep in DIR.",
+    "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
     "eval": "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.",
     "new": "onetorch new NAME --from RECIPE: write NAME.py, the recipe's algorithm with its values as defaults. It runs at once: onetorch train NAME.py",
     "doctor": "onetorch doctor: versions, processor, GPUs, compiler, optional packages and how to get them.",
@@ -94,7 +108,7 @@ def _print(text: str = "") -> None:
 
 
 def _dispatch(words: list[str]) -> int:
-    commands = {"list": _list, "show": _show, "train": _train, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
+    commands = {"list": _list, "show": _show, "train": _train, "sweep": _sweep, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
     if not words or words[0] in ("--help", "-h", "help"):
         _print(HELP)
         return 0
@@ -216,23 +230,16 @@ def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tup
             return flag, texts[0]
         if not texts:
             raise UsageError(f"--{flag}: expected {configs.type_name(kinds[flag])}, got nothing")
-        raise UsageError(f"--{flag} takes one value, got {len(texts)}: {' '.join(texts)} (a list is written [a,b])")
+        raise UsageError(f"--{flag} takes one value, got {len(texts)}: {' '.join(texts)} (a list is written [a,b]; `onetorch sweep` takes several)")
     if flag.startswith("no_") and kinds.get(flag[3:]) is bool and not texts:
         return flag[3:], "false"
     raise UsageError(f"{name} has no field {flag!r}{nearest(flag, [*kinds, *RUN_FLAGS])}; `onetorch show {name}` lists them")
 
 
-def _text(value: Any) -> str:
-    value = configs.to_json(value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(_text, value)) + "]"
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
-
-
 def _fields(resolved: Resolved) -> Iterator[tuple[str, ...]]:
     for name, kind in configs.leaves(resolved.source.Config):
         doc = resolved.source.docs.get(name.partition(".")[0], "")
-        yield name, _text(configs.get(resolved.config, name)), resolved.origin[name], configs.type_name(kind), doc
+        yield name, configs.text(configs.get(resolved.config, name)), resolved.origin[name], configs.type_name(kind), doc
 
 
 def _table(rows: Sequence[tuple[str, ...]], widest: int = 44) -> None:
@@ -252,16 +259,19 @@ def _command_help(command: str, rest: list[str]) -> None:
     if command in ("train", "resume"):
         _print("\nrun options:")
         _table([(f"  --{n}", text) for n, text in (RUN_FLAGS if command == "train" else RESUME_FLAGS).items()])
-    if command in ("train", "show") and targets:
+    if command == "sweep":
+        _print("\nsweep options:")
+        _table([(f"  --{n}", text) for n, text in SWEEP_FLAGS.items()])
+    if command in ("train", "sweep", "show") and targets:
         resolved = _resolve(targets[0], {})
         _print(f"\nfields of {resolved.name}:")
         _table([(f"  --{name}", kind, value, doc) for name, value, _, kind, doc in _fields(resolved)])
-    elif command in ("train", "show"):
+    elif command in ("train", "sweep", "show"):
         _print(f"\n`onetorch {command} RECIPE --help` lists the recipe's fields.")
     if command == "eval" and targets and folder.holds_run(Path(targets[0])):
         _print("\noptions:")
         options = algorithm.of_run(Path(targets[0])).options
-        _table([(f"  --{name}", configs.type_name(kind), _text(default)) for name, (kind, default) in options.items()])
+        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in options.items()])
 
 
 # -- commands that need no torch -----------------------------------------------------------------------------------------------------------------
@@ -312,6 +322,7 @@ def _new(positional: list[str], flags: Flags) -> int:
 def _runs(positional: list[str], flags: Flags) -> int:
     _nothing_left(flags, (), "runs")
     found: list[tuple[float, Path]] = []
+    names: dict[Path, str] = {}  # of a sweep's trials
     for place in map(Path, positional or ["runs"]):
         if not place.is_dir():
             if positional:
@@ -320,18 +331,35 @@ def _runs(positional: list[str], flags: Flags) -> int:
         for path in [place, *sorted(place.iterdir())]:
             if folder.holds_run(path):
                 found.append(((path / "config.json").stat().st_mtime, path))
+            elif path != place and sweep.is_sweep(path):
+                found.append(((path / "sweep.json").stat().st_mtime, path))
+        if sweep.is_sweep(place):
+            names |= {t.folder: t.name for t in sweep.load(place).trials}
     if not found:
         _print("no runs here; `onetorch train RECIPE` makes one")
         return 0
     rows = [("RUN", "STATE", "PROGRESS", "RESULT", "COST")]
     for _, path in sorted(found, reverse=True):
         try:
+            if sweep.is_sweep(path):
+                rows.append(_sweep_row(path))
+                continue
             record = folder.read_json(path / "run.json")
-            rows.append((str(path), folder.status(path, record), _progress(record), _result(record), _cost(record)))
+            rows.append((f"{path}  {names.get(path, '')}".rstrip(), folder.status(path, record), _progress(record), _result(record), _cost(record)))
         except (OneTorchError, AttributeError, KeyError, TypeError, ValueError) as error:
             rows.append((str(path), "damaged", "", "", str(error)))
-    _table(rows)
+    _table(rows, widest=80)
     return 0
+
+
+def _sweep_row(path: Path) -> tuple[str, str, str, str, str]:
+    """A sweep as one row of the listing: how many trials stand how."""
+    made = sweep.load(path)
+    states = [t.state for t in made.trials]
+    done, cost = states.count("done"), sum(t.seconds for t in made.trials)
+    rest = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "done")
+    state = "done" if done == len(states) else "running" if folder.owner(path) else "stopped"
+    return str(path), state, f"{done} of {len(states)} trials", rest or f"sweep over {', '.join(made.grid)}", f"{cost:.1f} s"
 
 
 def _progress(record: dict[str, Any]) -> str:
@@ -378,6 +406,10 @@ def _train(positional: list[str], flags: Flags) -> int:
     where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
     if where == "":
         raise UsageError("--dir: expected a folder, got an empty name")
+    if _several(flags):
+        made = _design(target, flags, fixed, where)
+        if len(made.trials) > 1:
+            return _run_sweep(made, **pace)
     resolved = _resolve(target, flags)
     path = Path(where) if where else _free_folder(resolved.name)
     if folder.holds_run(path):
@@ -401,6 +433,68 @@ def _train(positional: list[str], flags: Flags) -> int:
     return _work(module, run)
 
 
+def _several(flags: Flags) -> Flags:
+    """The flags with more than one value."""
+    return {name: texts for name, texts in flags.items() if len(texts) > 1 or any(sweep.RANGE.fullmatch(t) for t in texts)}
+
+
+def _design(target: str, flags: Flags, fixed: str | None, where: str | None) -> sweep.Sweep:
+    several = _several(flags)
+    resolved = _resolve(target, {name: texts for name, texts in flags.items() if name not in several})
+    kinds = dict(configs.leaves(resolved.source.Config))
+    for taken in SWEEP_FLAGS.keys() & kinds.keys():
+        raise UsageError(f"{resolved.source.path}: the field {taken} has the name of a sweep option; call it otherwise")
+    grid: sweep.Grid = {}
+    for flag, texts in several.items():
+        field, _ = _field(flag, texts[:1], kinds, resolved.name)
+        try:
+            grid[field] = sweep.values(texts, kinds[field])
+        except ValueError as error:
+            raise UsageError(f"--{field}: {error}") from error
+    # The file is read, not imported: torch would make the forecast wait.
+    return sweep.design(resolved.source, resolved.config, grid, recipe=resolved.name, target=target, plan=_fixed(fixed), dir=where)
+
+
+def _fixed(text: str | None) -> dict[str, str]:
+    if text is None:
+        return {}
+    from onetorch.runs import plan
+
+    return plan.parse(text)
+
+
+def _sweep(positional: list[str], flags: Flags) -> int:
+    target = _only(positional, "recipe", "sweep")
+    where, fixed, how = _one(flags, "dir"), _one(flags, "plan"), {**_place(flags), **_pace(flags)}
+    if where == "":
+        raise UsageError("--dir: expected a folder, got an empty name")
+    return _run_sweep(_design(target, flags, fixed, where), **how)
+
+
+def _place(flags: Flags) -> dict[str, Any]:
+    """The sweep options that say where the trials run."""
+    slots, on = _one(flags, "slots"), _one(flags, "on")
+    if slots is not None and not slots.isdigit():
+        raise UsageError(f"--slots: expected a number of trials at a time, got {slots!r}")
+    return {"slots": slots and int(slots), "on": on}
+
+
+def _run_sweep(made: sweep.Sweep, **how: Any) -> int:
+    where = shlex.quote(str(made.folder))
+    try:
+        trials = sweep.execute(made, **how)
+    except Stopped as stop:
+        done = sum(t.state == "done" for t in made.trials)
+        _error(f"stopped ({stop}) with {done} of {len(made.trials)} trials done; the same command goes on, and so does `onetorch resume {where}`")
+        raise
+    undone = [t for t in trials if t.state != "done"]
+    for trial in undone:
+        _error(f"trial {trial.id} ({trial.name}) {trial.state}: {trial.why}; its output is in {trial.folder / 'output.txt'}")
+    _print(f"sweep: {made.folder}  ({len(trials) - len(undone)} of {len(trials)} done, {sum(t.seconds for t in trials):.1f} s of trials)")
+    _print(f"trials: onetorch runs {where}")
+    return RunError.exit_code if undone else 0
+
+
 def _free_folder(name: str) -> Path:
     while True:
         path = Path("runs") / f"{name}-{secrets.token_hex(3)}"
@@ -411,6 +505,10 @@ def _free_folder(name: str) -> Path:
 def _resume(positional: list[str], flags: Flags) -> int:
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
+    if sweep.is_sweep(path):
+        how = _place(flags)
+        _nothing_left(flags, (*RESUME_FLAGS, "slots", "on"), "resume of a sweep")
+        return _run_sweep(sweep.load(path), **how, **pace)
     _nothing_left(flags, RESUME_FLAGS, "resume")
     source = algorithm.of_run(path)
     folder.config(path, source.Config)

@@ -56,6 +56,7 @@ class Run:
             folder, so that the folder is enough to go on.
         command: the words that repeat this run.
         fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
+        threads: the most threads that the speed plan may choose, for a run that shares its machine with others.
         resume: go on with what stands in `folder`; else a folder that holds a run is refused.
         time_limit: seconds after which the run stops as if told to.
         checkpoint_seconds: least time between two checkpoints.
@@ -76,6 +77,7 @@ class Run:
         source: Path | None = None,
         command: list[str] | None = None,
         fixed: dict[str, str] | None = None,
+        threads: int | None = None,
         resume: bool = False,
         time_limit: float | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -87,6 +89,7 @@ class Run:
         self.iteration = 0
         self._total: int | None = None
         self._resume = resume
+        self._threads = threads
         self._limit = time_limit
         self._checkpoint_seconds = checkpoint_seconds
         self._stop: tuple[str, int] | None = None  # (why, exit code) once a signal or the time limit has come
@@ -118,7 +121,7 @@ class Run:
         if not self._resume:
             if folder.holds_run(path):
                 raise folder.refuse(path)
-            ours = ("run.lock", "run.json", "source.py", "git.diff", "media")  # what a run killed in its first moments leaves
+            ours = ("run.lock", "run.json", "source.py", "git.diff", "media", "output.txt")  # what a run killed in its first moments leaves
             foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")] if path.is_dir() else []
             if foreign:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
@@ -214,6 +217,8 @@ class Run:
         torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
+        if self._threads and "threads" in dimensions:
+            dimensions["threads"] = tuple(n for n in dimensions["threads"] if n <= self._threads) or (self._threads,)
         narrowed = plan.fix(dimensions, self.record["fixed"])
         # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
         narrowed["device"] = narrowed["device"][:1]
@@ -307,6 +312,7 @@ class Run:
         self._total = total
         self._progress = Progress(done, total, unit, scale, self.quiet)
         self.iteration = done
+        self._write_record()  # whoever looks at the folder sees how far there is to go
         self._start_signals()
         self._looping = True
         try:
