@@ -9,9 +9,9 @@ import ast
 import copy
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import io
+import linecache
 import sys
 import tokenize
 import types
@@ -19,7 +19,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from onetorch.runs import folder
+from onetorch.runs import folder, trust
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import UsageError
 
@@ -33,6 +33,7 @@ class Algorithm:
 
     path: Path
     module: str | None
+    code: bytes  # the file as it was read; what runs is this, whatever became of the file
     doc: str  # first line of the file's docstring
     Config: type
     docs: dict[str, str]  # field name of Config to its trailing comment
@@ -47,14 +48,14 @@ class Algorithm:
         """Import the file (and so torch). UsageError names the file and line if it does not import."""
         if self.module:
             return importlib.import_module(self.module)
-        name = f"onetorch_idea_{self.path.stem}"
-        spec = importlib.util.spec_from_file_location(name, self.path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        # Not through the import system, which would believe a compiled file in a __pycache__ beside it before the source that was read and checked.
+        module = types.ModuleType(f"onetorch_idea_{self.path.stem}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module
+        text = self.code.decode("utf-8")
+        linecache.cache[str(self.path)] = (len(self.code), None, text.splitlines(keepends=True), str(self.path))  # for tracebacks, torch.compile and Triton
         try:
-            spec.loader.exec_module(module)
+            exec(compile(text, str(self.path), "exec", dont_inherit=True), module.__dict__)
         except Exception as error:
             line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == str(self.path)), None)
             raise UsageError(f"{self.path}{f':{line}' if line else ''} does not import: {type(error).__name__}: {error}") from error
@@ -68,43 +69,64 @@ def builtin() -> dict[str, Path]:
     return {p.stem: p for p, text in texts.items() if "\nclass Config" in text and "\ndef train(" in text}
 
 
-def read(name_or_path: str | Path) -> Algorithm:
-    """Read an algorithm by the name of one of onetorch's files (`"ppo"`) or by the path of a user's file (ending in `.py`)."""
+def read(name_or_path: str | Path, gate: trust.Gate = trust.own_only) -> Algorithm:
+    """Read an algorithm by the name of one of onetorch's files (`"ppo"`) or by the path of a user's file (ending in `.py`).
+
+    The `source.py` of a run's or a model's folder is a stranger's: `gate` is asked before anything of it is executed.
+    """
     if isinstance(name_or_path, str) and not name_or_path.endswith(".py"):
         files = builtin()
         if name_or_path not in files:
             raise UsageError(f"there is no algorithm {name_or_path!r}{nearest(name_or_path, files)}; known: {', '.join(files)}")
         path = files[name_or_path]
-        return _read(path, f"onetorch.{path.parent.name}.{path.stem}")
+        return of_code(path, _content(path), f"onetorch.{path.parent.name}.{path.stem}")
     path = Path(name_or_path)
     if not path.is_file():
         raise UsageError(f"there is no file {path}{nearest(path.name, (p.name for p in path.parent.glob('*.py')))}")
-    return _read(path.resolve(), None)
+    code = _content(path)
+    # Before links are followed and after: neither what lies in a received folder nor what it points to is run unasked.
+    if any(p.name == "source.py" and (p.parent / "config.json").exists() for p in (path, path.resolve())):
+        gate(code, path)
+    return of_code(path.resolve(), code)
 
 
-def of_run(where: Path) -> Algorithm:
-    """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there."""
+def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
+    """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there.
+
+    Reading a Config executes a part of the file, so `gate` is asked first.
+    """
     if not folder.holds_run(where):
         raise UsageError(f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}")
-    name = folder.read_json(where / "config.json").get("algorithm")
-    if name == "source.py":
-        return read(where / "source.py")
-    # Only the name of a file of ours is taken from the folder, never a module to import.
+    entry = folder.read_json(where / "config.json")
+    return read(where / "source.py", gate) if entry.get("algorithm") == "source.py" else named(entry, where / "config.json", gate)
+
+
+def named(entry: dict[str, Any], where: Path, gate: trust.Gate) -> Algorithm:
+    """The algorithm of ours that a config.json (`entry`, found at `where`) names; a name is all that is taken from there. `gate` is asked about imports."""
+    name = entry.get("algorithm")
     known = {f"onetorch.{p.parent.name}.{p.stem}": n for n, p in builtin().items()}
-    if name not in known:
-        raise UsageError(f"{where / 'config.json'} names the algorithm {name!r}, which this onetorch does not have")
+    if not isinstance(name, str) or name not in known:
+        raise UsageError(f"{where} names the algorithm {name!r}, which this onetorch does not have")
+    for code in trust.imports(entry.get("config")):
+        gate(code, where)
     return read(known[name])
 
 
-def _read(path: Path, module: str | None) -> Algorithm:
+def _content(path: Path) -> bytes:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def of_code(path: Path, code: bytes, module: str | None = None) -> Algorithm:
+    """The algorithm whose file has these bytes; `path` is what messages call it. Executes what `Config` needs: whoever calls has to trust the code."""
+    try:
+        text = code.decode("utf-8")
         tree = ast.parse(text, filename=str(path))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         where = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"{path}{where} is not valid Python: {getattr(error, 'msg', error)}") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     bound = {name: node for node in tree.body for name in _binds(node)}
     missing = [part for part in PARTS if part not in bound]
     if missing:
@@ -118,7 +140,7 @@ def _read(path: Path, module: str | None) -> Algorithm:
         p.name: (kinds.get(p.name, str), p.default) for p in inspect.signature(evaluate).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "media"
     }
     doc = (ast.get_docstring(tree) or "").strip().split("\n")[0]
-    return Algorithm(path, module, doc, Config, _field_comments(text, bound["Config"]), options)
+    return Algorithm(path, module, code, doc, Config, _field_comments(text, bound["Config"]), options)
 
 
 def _binds(node: ast.stmt) -> list[str]:
@@ -165,7 +187,7 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
     sys.modules[module.__name__] = module
     module.__file__ = str(path)
     try:
-        exec(compile(ast.Module(body, []), str(path), "exec"), module.__dict__)
+        exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == str(path)), None)
         raise UsageError(f"{path}{f':{line}' if line else ''}: Config cannot be read: {type(error).__name__}: {error}") from error
@@ -180,7 +202,7 @@ def _field_comments(text: str, config: ast.stmt) -> dict[str, str]:
 
 def with_defaults(algorithm: Algorithm, values: dict[str, Any]) -> str:
     """The text of the algorithm's file with the defaults of `Config` replaced by `values` (field name to value)."""
-    text = algorithm.path.read_text(encoding="utf-8")
+    text = algorithm.code.decode("utf-8")
     lines = text.splitlines(keepends=True)
     config = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config")
     fields = {n.target.id: n for n in config.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
