@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from onetorch.runs.errors import CheckpointError, RunError
@@ -43,7 +44,7 @@ DTYPES = {
 }
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
 
-Piece = bytes | bytearray | memoryview  # any C-contiguous buffer
+Piece = bytes | memoryview
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------------------------------------
@@ -65,13 +66,12 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise CheckpointError(f"{path} is a link; only regular files are read" if path.is_symlink() else explain(error, path)) from error
 
 
-def absorb(stream: Any, size: int, *sinks: Callable[[Piece], Any]) -> bytearray:
+def absorb(stream: Any, size: int, *sinks: Callable[[Piece], Any]) -> memoryview:
     """Exactly `size` bytes of `stream` (fewer where it ends), each chunk handed to every sink in order; reading and the sinks go on at the same time.
 
     The memory is reserved and not touched before the bytes are there.
     """
-    buffer = bytearray(size)
-    view, done = memoryview(buffer), 0
+    view, done = np.empty(size, np.uint8).data, 0
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in sinks] if size > CHUNK else []
         work = []
@@ -87,12 +87,10 @@ def absorb(stream: Any, size: int, *sinks: Callable[[Piece], Any]) -> bytearray:
             done += count
         for task in work:
             task.result()
-    view.release()
-    del buffer[done:]
-    return buffer
+    return view[:done]
 
 
-def read(path: Path, size: int | None = None, limit: int | None = None) -> tuple[bytearray, str]:
+def read(path: Path, size: int | None = None, limit: int | None = None) -> tuple[memoryview, str]:
     """The bytes of a regular file and their SHA-256. CheckpointError if it has not `size` bytes, or more than `limit`; both are compared before it is read."""
     with opened(path) as (file, found):
         if size is not None and found != size:
@@ -180,7 +178,7 @@ def dump(tensors: dict[str, torch.Tensor]) -> list[Piece]:
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def parse(content: bytearray, what: object) -> dict[str, torch.Tensor]:
+def parse(content: memoryview, what: object) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, which share `content`'s memory. CheckpointError names `what` and what is wrong."""
 
     def bad(why: str) -> CheckpointError:
@@ -192,7 +190,7 @@ def parse(content: bytearray, what: object) -> dict[str, torch.Tensor]:
         raise bad(f"it claims a header of {size} bytes and has {len(content)} in all")
     if size > max(HEADER_LIMIT, len(content) // 64):
         raise bad(f"a header of {size} bytes, more than {HEADER_LIMIT} and more than a 64th of the file")
-    header = parse_json(memoryview(content)[8 : 8 + size], f"{what} (header)")
+    header = parse_json(content[8 : 8 + size], f"{what} (header)")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise bad("__metadata__ is no table of texts")

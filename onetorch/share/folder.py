@@ -47,7 +47,7 @@ class Contents:
     """A model folder in memory, every file as hashed; `where` is what messages call the folder."""
 
     where: str
-    files: dict[str, bytearray]
+    files: dict[str, memoryview]
 
     def name(self, file: str) -> str:
         """What messages call a file of it."""
@@ -65,7 +65,7 @@ def _same_format(data: dict[str, Any], what: str) -> None:
         raise CheckpointError(f"{what} has format {data.get('format')!r}, this onetorch reads format {FORMAT}; use the version of onetorch that wrote it")
 
 
-def entries(content: bytearray, what: str) -> dict[str, Entry]:
+def entries(content: memoryview, what: str) -> dict[str, Entry]:
     """The manifest's entries, as far as they can be checked without the files."""
     data = sealed.parse_json(content, what)
     _same_format(data, what)
@@ -100,7 +100,7 @@ def read(place: Place, into: Path | None = None) -> Contents:
     for name in sorted(present - listed.keys() - {MANIFEST}) if present is not None else ():
         if not name.startswith("."):
             raise CheckpointError(f"{place.name(repr(name)[1:-1])} is not named by the manifest; a model folder holds nothing else: remove it")
-    files: dict[str, bytearray] = {}
+    files: dict[str, memoryview] = {}
     # Small files first: what is wrong is mostly found in them.
     for name, entry in sorted(listed.items(), key=lambda item: item[1].bytes):
         if into is None:

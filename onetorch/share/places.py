@@ -16,7 +16,7 @@ Sink = Callable[[sealed.Piece], Any]
 class Place(Protocol):
     """A folder whose files are read by name. `read` gives the bytes and their SHA-256; CheckpointError for a wrong size, found before anything is read."""
 
-    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[bytearray, str]: ...
+    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[memoryview, str]: ...
     def names(self) -> set[str] | None: ...
     def name(self, file: str) -> str: ...
 
@@ -36,7 +36,7 @@ class Folder:
     def names(self) -> set[str]:
         return set(os.listdir(self.path))
 
-    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[bytearray, str]:
+    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[memoryview, str]:
         with sealed.opened(self.path / name) as (file, found):
             return _absorb(file, found, size, limit, self.name(name), sinks)
 
@@ -66,7 +66,7 @@ class Remote:
     def names(self) -> None:
         return None  # only what the manifest names is ever fetched
 
-    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[bytearray, str]:
+    def read(self, name: str, size: int | None, limit: int | None, *sinks: Sink) -> tuple[memoryview, str]:
         path = f"{self.path}/{name}"
         with self._explained(name):
             found = self.system.info(path).get("size")
@@ -108,7 +108,7 @@ class _Stream:
         return len(chunk)
 
 
-def _absorb(stream: Any, found: int | None, size: int | None, limit: int | None, what: str, sinks: tuple[Sink, ...]) -> tuple[bytearray, str]:
+def _absorb(stream: Any, found: int | None, size: int | None, limit: int | None, what: str, sinks: tuple[Sink, ...]) -> tuple[memoryview, str]:
     if size is not None and found is not None and found != size:
         raise CheckpointError(f"{what} is damaged: {found} bytes where the manifest says {size}")
     if limit is not None and found is not None and found > limit:
