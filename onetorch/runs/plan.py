@@ -16,6 +16,7 @@ from onetorch.runs.errors import UsageError
 
 BUDGET = 2.0  # seconds for all measurements of a plan
 MARGIN = 0.95  # a choice must take at most this fraction of the incumbent's time: noise shall not move a plan
+CLEAR = 1.5  # two choices this far apart after three rounds need no more of them
 
 Choice = dict[str, Any]
 Measure = Callable[[Choice], Callable[[], Any]]
@@ -107,9 +108,9 @@ def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], sec
     mine, theirs = float("inf"), incumbent()
     if warm > 20 * theirs and warm > seconds:
         return False  # hopeless, and another trial would cost what is left for the others
-    for _ in range(50):
+    for done in range(1, 51):
         mine, theirs = min(mine, challenger()), min(theirs, incumbent())
-        if time.perf_counter() - start > seconds:
+        if time.perf_counter() - start > seconds or (done >= 3 and not theirs / CLEAR < mine < theirs * CLEAR):
             break
     return mine < MARGIN * theirs
 
