@@ -3,7 +3,7 @@
     python benchmarks/share_cost.py [--mb 100] [--rounds 9]
 
 The baseline is what anybody would do by hand: copy each file (shutil.copyfile), then the SHA-256 of each copy (hashlib.file_digest); it does not wait for the
-disk, although `share` does. All four run in turn in this process, whose Python and torch are started and warm (starting them takes one to two seconds and is not
+disk, although `share` does. All four run in turn in this process, whose Python and torch are started and warm (one to two seconds, not
 counted), from files that are in the page cache. Medians; exit code 1 when one takes more than 1.5 times the baseline.
 """
 

@@ -138,7 +138,7 @@ def cached(key: str, dimensions: dict[str, tuple[Any, ...]]) -> Choice | None:
     try:
         saved = json.loads(cache_path().read_bytes())[key]
         choice = {name: next(v for v in candidates if str(v) == saved[name]) for name, candidates in dimensions.items()}
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, StopIteration):
         return None  # nothing kept, or not by this version: measuring again costs two seconds
     return choice
 
@@ -150,7 +150,9 @@ def keep(key: str, choice: Choice) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             plans = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
+            plans = {}
+        if not isinstance(plans, dict):
             plans = {}
         plans[key] = {k: str(v) for k, v in choice.items()}
         temporary = path.with_name(f".plans.{os.getpid()}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onetorch.runs import algorithm, checkpoint, folder, sealed, trust
+from onetorch.runs import algorithm, checkpoint, folder, sealed, state, trust
 from onetorch.runs.algorithm import Algorithm
 from onetorch.runs.config import from_json, to_json
 from onetorch.runs.errors import CheckpointError, OneTorchError, RunError, UsageError
@@ -53,8 +53,19 @@ def load_run(where: Path, gate: trust.Gate = trust.own_only) -> Loaded:
     config = folder.config(where, module.Config)
     if found.record.get("config") != to_json(config):
         raise CheckpointError(f"{where / 'config.json'} changed since {found.folder}: put it back")
-    model = rebuild(module.build, config, found.model, str(where / "config.json"), watched=False)
-    return Loaded(model, source, module, config, found.model, found.step)
+    return Loaded(_of_checkpoint(module, config, found), source, module, config, found.model, found.step)
+
+
+def _of_checkpoint(module: types.ModuleType, config: Any, found: checkpoint.Checkpoint) -> nn.Module:
+    saved = state.unpack(found.record["state"]["fields"]["model"], found.model)
+    if saved.keys() == found.model.keys():
+        return rebuild(module.build, config, found.model, str(found.folder), watched=False)
+    model: nn.Module = module.build(config)  # its state holds more than tensors, and goes in as it came out
+    try:
+        model.load_state_dict(saved)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the weights in {found.folder} do not fit the module: {' '.join(str(error).split())[:300]}") from error
+    return model.eval()
 
 
 def foreign(contents: Contents) -> bool:

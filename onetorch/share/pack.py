@@ -38,6 +38,9 @@ def pack(run: Path, *, licence: str | None = None, allow: tuple[str, ...] = (), 
     if folders.is_model(run):
         raise UsageError(f"{run} is a model folder already; copy it as it is, or share a run")
     loaded = load_run(run, gate)
+    if loaded.weights.keys() != loaded.model.state_dict().keys():
+        extra = sorted(loaded.model.state_dict().keys() - loaded.weights.keys())
+        raise UsageError(f"{extra[0]} of the module's state is no tensor, and a model folder's weights are tensors: make it a buffer or a part of Config")
     record = folder.read_json(run / "run.json")
     notes: list[str] = []
     golden = _golden(loaded, notes)
