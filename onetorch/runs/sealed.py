@@ -6,6 +6,7 @@ file's own size does not bound. https://github.com/huggingface/safetensors#forma
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -23,7 +24,6 @@ from onetorch.runs.errors import CheckpointError, RunError
 from onetorch.runs.folder import explain
 
 CHUNK = 4 << 20  # bytes
-HEADER_LIMIT = 1 << 20  # bytes, or a 64th of the file: parsed JSON takes some ten times its length
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -61,9 +61,12 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             yield file, status.st_size
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} does not fit into memory") from error
     except OSError as error:
-        # Opening a link with O_NOFOLLOW is ELOOP.
-        raise CheckpointError(f"{path} is a link; only regular files are read" if path.is_symlink() else explain(error, path)) from error
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path} is a symbolic link; only the files themselves are read") from error
+        raise CheckpointError(explain(error, path)) from error
 
 
 def absorb(stream: Any, size: int, *sinks: Callable[[Piece], Any]) -> memoryview:
@@ -117,23 +120,18 @@ def length(pieces: list[Piece]) -> int:
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
-def write(path: Path, pieces: list[Piece]) -> None:
-    """Write a new file and wait until the disk has it."""
-    with open(path, "xb", buffering=0) as file:
+def write(path: Path, pieces: list[Piece], sync: bool = True) -> None:
+    """Write a new file, and with `sync` wait until the disk has it."""
+    with open(path, "xb") as file:
         for piece in pieces:
-            write_all(file, piece)
-        os.fsync(file.fileno())
+            file.write(piece)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def write_all(file: Any, piece: Piece) -> None:
-    """Write a piece to a file without a buffer, which may take less than it is given."""
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names that stand in `path`."""
+def sync(path: Path) -> None:
+    """Have the disk keep a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,18 +166,21 @@ def dump(tensors: dict[str, torch.Tensor]) -> list[Piece]:
     offset = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # widest first, so that every tensor is aligned
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-            raise RunError(f"{name}: a tensor of {tensor.dtype}, {tensor.layout} cannot be saved; use a dense one of {', '.join(NAMES)}")
+            raise RunError(f"state {name}: a tensor of {tensor.dtype}, {tensor.layout} cannot be saved; use a dense one of {', '.join(NAMES)}")
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
         if tensor.nbytes:
-            pieces.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            pieces.append(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def parse(content: memoryview, what: object) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which share `content`'s memory. CheckpointError names `what` and what is wrong."""
+def parse(content: memoryview, what: object, header_limit: int | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, which share `content`'s memory. CheckpointError names `what` and what is wrong.
+
+    `header_limit`: most bytes of JSON that are parsed, which take some ten times as much memory.
+    """
 
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{what} is no safetensors file: {why}")
@@ -188,8 +189,8 @@ def parse(content: memoryview, what: object) -> dict[str, torch.Tensor]:
     data = len(content) - 8 - size  # bytes of all tensors
     if len(content) < 8 or data < 0:
         raise bad(f"it claims a header of {size} bytes and has {len(content)} in all")
-    if size > max(HEADER_LIMIT, len(content) // 64):
-        raise bad(f"a header of {size} bytes, more than {HEADER_LIMIT} and more than a 64th of the file")
+    if header_limit is not None and size > header_limit:
+        raise bad(f"a header of {size} bytes; at most {header_limit} are read")
     header = parse_json(content[8 : 8 + size], f"{what} (header)")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):

@@ -11,7 +11,6 @@ the bytes that it hashed. Nothing is compressed and nothing is pickled. What bre
 """
 
 import contextlib
-import functools
 import json
 import os
 import secrets
@@ -21,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from onetorch.runs import sealed
 from onetorch.runs.errors import CheckpointError, RunError, UsageError
@@ -32,6 +33,7 @@ GOLDEN, MANIFEST = "golden.safetensors", "manifest.json"
 REQUIRED = (MODEL, CONFIG, SOURCE, CARD, PROVENANCE)
 # In bytes. Parsed JSON takes some twenty times its length, so that what is parsed stays small beside any model worth the word.
 LIMITS = {CONFIG: 1 << 18, PROVENANCE: 1 << 18, SOURCE: 1 << 20, CARD: 1 << 20, GOLDEN: 1 << 24, MANIFEST: 1 << 16}
+HEADER_LIMIT = 1 << 20  # bytes, or a 64th of the file
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Contents:
     def name(self, file: str) -> str:
         """What messages call a file of it."""
         return f"{self.where}/{file}"
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """A safetensors file of it."""
+        return sealed.parse(self.files[file], self.name(file), max(HEADER_LIMIT, len(self.files[file]) // 64))
 
     def json(self, file: str) -> dict[str, Any]:
         """A JSON file of it, of this onetorch's format."""
@@ -106,8 +112,8 @@ def read(place: Place, into: Path | None = None) -> Contents:
         if into is None:
             files[name], digest = place.read(name, entry.bytes, None)
         else:
-            with open(into / name, "xb", buffering=0) as copy:
-                files[name], digest = place.read(name, entry.bytes, None, functools.partial(sealed.write_all, copy))
+            with open(into / name, "xb") as copy:
+                files[name], digest = place.read(name, entry.bytes, None, copy.write)
         if digest != entry.sha256:
             raise CheckpointError(f"{place.name(name)} is damaged: its SHA-256 is not the manifest's")
     if into is not None:
@@ -131,9 +137,9 @@ def making(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        sealed.sync_folder(temporary)
+        sealed.sync(temporary)
         os.rename(temporary, path)
-        sealed.sync_folder(path.absolute().parent)
+        sealed.sync(path.absolute().parent)
     except OSError as error:
         raise RunError(explain(error, path)) from error
     finally:

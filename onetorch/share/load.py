@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onetorch.runs import algorithm, checkpoint, folder, sealed, state, trust
+from onetorch.runs import algorithm, checkpoint, folder, state, trust
 from onetorch.runs.algorithm import Algorithm
 from onetorch.runs.config import from_json, to_json
 from onetorch.runs.errors import CheckpointError, OneTorchError, RunError, UsageError
@@ -84,7 +84,7 @@ def load_model(contents: Contents, gate: trust.Gate = trust.nobody) -> Loaded:
         source = algorithm.of_code(path, code)
     else:
         source = algorithm.named(entry, Path(what), gate)
-    weights = sealed.parse(contents.files[MODEL], contents.name(MODEL))
+    weights = contents.tensors(MODEL)
     module = source.load()
     try:
         config = from_json(entry["config"], module.Config, what)
@@ -104,7 +104,7 @@ def weights_of(where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(where)
     if places.is_url(where) or folders.is_model(path):
         contents = folders.read(places.place(where))
-        return sealed.parse(contents.files[MODEL], contents.name(MODEL)), origin | {"recipe": contents.json(CONFIG).get("recipe")}
+        return contents.tensors(MODEL), origin | {"recipe": contents.json(CONFIG).get("recipe")}
     if path.is_file():
         from onetorch.share.port import tensors_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onetorch.runs import sealed, trust
+from onetorch.runs import trust
 from onetorch.runs.config import from_json, to_json
 from onetorch.runs.errors import CheckpointError, OneTorchError
 from onetorch.share.folder import GOLDEN, PROVENANCE, SOURCE, Contents
@@ -31,7 +31,7 @@ def verify(contents: Contents, gate: trust.Gate = trust.nobody) -> tuple[Loaded,
         lines.append("not checked: the folder holds no golden outputs")
         return loaded, lines
     what = contents.name(GOLDEN)
-    tensors = sealed.parse(contents.files[GOLDEN], what)
+    tensors = contents.tensors(GOLDEN)
     inputs, expected = _split(tensors, what)
     problem, off = difference(expected, outputs(loaded.model, inputs, slack(loaded.weights), what))
     if problem:
