@@ -547,8 +547,8 @@ def _eval(positional: list[str], flags: Flags) -> int:
         media.mkdir(exist_ok=True)
         results = run.module.evaluate(run.model, run.config, media=media, **options)
         given = {name: configs.to_json(value) for name, value in options.items()}
-        entry = {"format": folder.FORMAT, "step": run.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "options": given, "results": results}
-        folder.write_json(path / "eval.json", entry)
+        entry = {"format": folder.FORMAT, "step": run.saved and run.saved.step, "options": given, "results": results}
+        folder.write_json(path / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     except OSError as error:
         raise UsageError(folder.explain(error, path)) from error
     _table([(name, _number(value)) for name, value in results.items()])

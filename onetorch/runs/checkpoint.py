@@ -40,6 +40,8 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
     record: dict[str, Any]
+    file: memoryview  # model.safetensors as it was read
+    sha256: str  # of it
 
 
 def folder_name(step: int) -> str:
@@ -115,8 +117,8 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
         if only_model and name == STATE:
             continue
         expected = manifest["files"][name]
-        contents[name], digest = sealed.read(folder / name, expected["bytes"])
-        if digest != expected["sha256"]:
+        contents[name], found = sealed.read(folder / name, expected["bytes"])
+        if found != expected["sha256"]:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
     record = sealed.parse_json(contents[RECORD], folder / RECORD)
     model = sealed.parse(contents[MODEL], folder / MODEL)
@@ -124,7 +126,7 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
     state = {} if only_model else {name: tensor.clone() for name, tensor in sealed.parse(contents[STATE], folder / STATE).items()}
     if record.get("step") != manifest["step"]:
         raise CheckpointError(f"{folder / RECORD} is of another step than the manifest")
-    return Checkpoint(folder, manifest["step"], model, state, record)
+    return Checkpoint(folder, manifest["step"], model, state, record, contents[MODEL], manifest["files"][MODEL]["sha256"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ import torch
 from onetorch.runs.errors import CheckpointError, RunError
 from onetorch.runs.folder import explain
 
-CHUNK = 4 << 20  # bytes
+CHUNK = 1 << 20  # bytes
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -69,27 +68,19 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise CheckpointError(explain(error, path)) from error
 
 
-def absorb(stream: Any, size: int, *sinks: Callable[[Piece], Any]) -> memoryview:
-    """Exactly `size` bytes of `stream` (fewer where it ends), each chunk handed to every sink in order; reading and the sinks go on at the same time.
+def absorb(stream: Any, size: int, *sinks: Callable[[memoryview], Any]) -> memoryview:
+    """Exactly `size` bytes of `stream` (fewer where it ends), each chunk handed to every sink while it is still in the processor's cache.
 
     The memory is reserved and not touched before the bytes are there.
     """
     view, done = np.empty(size, np.uint8).data, 0
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in sinks] if size > CHUNK else []
-        work = []
-        while done < size:
-            count = stream.readinto(view[done : done + CHUNK])
-            if not count:
-                break
-            for i, sink in enumerate(sinks):
-                if workers:
-                    work.append(workers[i].submit(sink, view[done : done + count]))
-                else:
-                    sink(view[done : done + count])
-            done += count
-        for task in work:
-            task.result()
+    while done < size:
+        count = stream.readinto(view[done : done + CHUNK])
+        if not count:
+            break
+        for sink in sinks:
+            sink(view[done : done + count])
+        done += count
     return view[:done]
 
 

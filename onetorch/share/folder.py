@@ -153,21 +153,22 @@ def fetch(place: Place, path: Path) -> Contents:
     return Contents(str(path), contents.files)
 
 
-def manifest(files: dict[str, list[sealed.Piece]]) -> bytes:
-    """The manifest of these files, as it stands in the folder."""
-    with ThreadPoolExecutor(len(files)) as pool:
-        hashes = dict(zip(files, pool.map(sealed.sha256, files.values()), strict=True))
-    listed = {name: {"bytes": sealed.length(pieces), "sha256": hashes[name]} for name, pieces in files.items()}
+def manifest(files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> bytes:
+    """The manifest of these files, as it stands in the folder; `known` holds the SHA-256 of those that were hashed before."""
+    listed = {name: {"bytes": sealed.length(pieces), "sha256": known.get(name) or sealed.sha256(pieces)} for name, pieces in files.items()}
     return json.dumps({"format": FORMAT, "files": listed}, indent=1).encode() + b"\n"
 
 
-def write(path: Path, files: dict[str, list[sealed.Piece]]) -> None:
-    """Write a model folder atomically: hashed and flushed to disk at the same time, the manifest last."""
-    with making(path) as temporary, ThreadPoolExecutor(len(files)) as pool:
-        writes = [pool.submit(sealed.write, temporary / name, pieces) for name, pieces in files.items()]
-        content = manifest(files)
-        for task in writes:
-            task.result()
+def write(path: Path, files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> None:
+    """Write a model folder atomically: hashed while the disk flushes, the manifest last. `known` as in `manifest`."""
+    with making(path) as temporary, ThreadPoolExecutor(1) as beside:
+        flushes = []
+        for name, pieces in files.items():
+            sealed.write(temporary / name, pieces, sync=False)
+            flushes.append(beside.submit(sealed.sync, temporary / name))
+        content = manifest(files, known)
+        for flush in flushes:
+            flush.result()
         sealed.write(temporary / MANIFEST, [content])
 
 

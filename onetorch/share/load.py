@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from onetorch.runs import algorithm, checkpoint, folder, state, trust
 from onetorch.runs.algorithm import Algorithm
+from onetorch.runs.checkpoint import Checkpoint
 from onetorch.runs.config import from_json, to_json
 from onetorch.runs.errors import CheckpointError, OneTorchError, RunError, UsageError
 from onetorch.share import folder as folders
@@ -27,7 +28,7 @@ class Loaded:
     module: types.ModuleType  # the algorithm, imported
     config: Any
     weights: dict[str, Tensor]
-    step: int | None = None  # of the checkpoint, where it is a run's
+    saved: Checkpoint | None = None  # where it is a run's
 
 
 def load(where: str | os.PathLike[str], *, trust_code: bool = False) -> nn.Module:
@@ -53,10 +54,10 @@ def load_run(where: Path, gate: trust.Gate = trust.own_only) -> Loaded:
     config = folder.config(where, module.Config)
     if found.record.get("config") != to_json(config):
         raise CheckpointError(f"{where / 'config.json'} changed since {found.folder}: put it back")
-    return Loaded(_of_checkpoint(module, config, found), source, module, config, found.model, found.step)
+    return Loaded(_of_checkpoint(module, config, found), source, module, config, found.model, found)
 
 
-def _of_checkpoint(module: types.ModuleType, config: Any, found: checkpoint.Checkpoint) -> nn.Module:
+def _of_checkpoint(module: types.ModuleType, config: Any, found: Checkpoint) -> nn.Module:
     saved = state.unpack(found.record["state"]["fields"]["model"], found.model)
     if saved.keys() == found.model.keys():
         return rebuild(module.build, config, found.model, str(found.folder), watched=False)

@@ -26,6 +26,7 @@ class Package:
     """A model folder that is ready to be written."""
 
     files: dict[str, list[sealed.Piece]]
+    known: dict[str, str]  # SHA-256 of the files that were hashed before
     private: list[tuple[str, str]]  # (file:line, what stands there) that was not allowed
     notes: list[str]  # what a person should know about it
 
@@ -38,13 +39,15 @@ def pack(run: Path, *, licence: str | None = None, allow: tuple[str, ...] = (), 
     if folders.is_model(run):
         raise UsageError(f"{run} is a model folder already; copy it as it is, or share a run")
     loaded = load_run(run, gate)
+    saved = loaded.saved
+    assert saved is not None
     if loaded.weights.keys() != loaded.model.state_dict().keys():
         extra = sorted(loaded.model.state_dict().keys() - loaded.weights.keys())
         raise UsageError(f"{extra[0]} of the module's state is no tensor, and a model folder's weights are tensors: make it a buffer or a part of Config")
     record = folder.read_json(run / "run.json")
     notes: list[str] = []
     golden = _golden(loaded, notes)
-    provenance = _provenance(run, record, loaded, licence, golden is not None)
+    provenance = _provenance(run, record, loaded, saved.step, licence, golden is not None)
     if provenance["results"] is None:
         notes.append("no results: nothing was measured at this checkpoint, and the card says so; `onetorch eval` measures")
     if licence is None:
@@ -58,13 +61,13 @@ def pack(run: Path, *, licence: str | None = None, allow: tuple[str, ...] = (), 
         CARD: card.write(provenance, config, loaded.source.doc),
     }
     found = [(place, what) for place, what in private.findings(texts) if place not in allow and place.partition(":")[0] not in allow]
-    files = {MODEL: sealed.dump(loaded.weights)} | {name: [text.encode()] for name, text in texts.items()}
+    files: dict[str, list[sealed.Piece]] = {MODEL: [saved.file], **{name: [text.encode()] for name, text in texts.items()}}
     if golden is not None:
         files[GOLDEN] = sealed.dump(golden)
     for name, limit in folders.LIMITS.items():
         if name in files and sealed.length(files[name]) > limit:
             raise UsageError(f"{name} would have {sealed.length(files[name])} bytes; a model folder takes at most {limit}")
-    return Package(files, found, notes)
+    return Package(files, {MODEL: saved.sha256}, found, notes)
 
 
 def examples(module: types.ModuleType, config: Any) -> list[Tensor] | None:
@@ -97,7 +100,7 @@ def _golden(loaded: Loaded, notes: list[str]) -> dict[str, Tensor] | None:
     return {f"input.{i}": x for i, x in enumerate(inputs)} | found
 
 
-def _provenance(run: Path, record: dict[str, Any], loaded: Loaded, licence: str | None, golden: bool) -> dict[str, Any]:
+def _provenance(run: Path, record: dict[str, Any], loaded: Loaded, step: int, licence: str | None, golden: bool) -> dict[str, Any]:
     hardware = {k: v for k, v in record.get("hardware", {}).items() if k != "host"}
     origin = record.get("from")
     return {
@@ -111,12 +114,12 @@ def _provenance(run: Path, record: dict[str, Any], loaded: Loaded, licence: str 
         "versions": record.get("versions", {}),
         "hardware": hardware,
         "plan": record.get("plan", {}),
-        "progress": record.get("progress", {}) | {"done": loaded.step},
+        "progress": record.get("progress", {}) | {"done": step},
         "cost": record.get("cost", {}),
         "begun_from": None if origin is None else {k: origin[k] for k in ("recipe", "step", "sha256") if k in origin},
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "bytes": size(loaded.weights),
-        "results": _results(run, record, loaded.step),
+        "results": _results(run, record, step),
         "golden": golden,
         "licence": licence,
     }
@@ -127,7 +130,7 @@ def _command(command: str) -> str:
     return shlex.join(SOURCE if word.endswith(".py") else word for word in shlex.split(command))
 
 
-def _results(run: Path, record: dict[str, Any], step: int | None) -> dict[str, Any] | None:
+def _results(run: Path, record: dict[str, Any], step: int) -> dict[str, Any] | None:
     """What was measured of exactly these weights: by `onetorch eval`, or else at the end of the run."""
     if (run / "eval.json").exists():
         measured = folder.read_json(run / "eval.json")
@@ -143,18 +146,18 @@ def publish(package: Package, where: str, public: bool = False) -> str:
     if package.private:
         raise UsageError(f"{len(package.private)} private things are in it, the first at {package.private[0][0]} ({package.private[0][1]})")
     if not places.is_url(where):
-        folders.write(Path(where), package.files)
+        folders.write(Path(where), package.files, package.known)
         return where
     if where.startswith("hf://"):
         repository = places.hub_repository(where)
         with tempfile.TemporaryDirectory(prefix="onetorch-share-") as scratch:
-            folders.write(Path(scratch) / "model", package.files)
+            folders.write(Path(scratch) / "model", package.files, package.known)
             return places.push_to_hub(repository, Path(scratch) / "model", public)
     remote = places.Remote(where)
     if remote.exists(folders.MANIFEST):
         raise UsageError(f"{where} holds a model folder already; choose another name")
     for name, pieces in package.files.items():
         remote.write(name, pieces)
-    remote.write(folders.MANIFEST, [folders.manifest(package.files)])  # last: without it nothing that stands there is believed
+    remote.write(folders.MANIFEST, [folders.manifest(package.files, package.known)])  # last: without it nothing that stands there is believed
     return where
 

@@ -1,11 +1,12 @@
 """A module from its config and its weights, without a second copy in memory and with no more memory than the weights explain; and what it answers.
 
 Whoever sends a folder chooses its config, and `build(config)` makes what the config says: a width of a billion asks for all memory there is. So every tensor
-that a received folder's `build` or forward pass would make is counted before it is made (by the same operation on tensors without memory), and one that goes
-beyond what its weights' file explains is refused.
+that a received folder's `build` or forward pass would make is counted before it is made, and one that goes beyond what its weights' file
+explains is refused.
 """
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from onetorch.runs import state
 from onetorch.runs.errors import CheckpointError, OneTorchError
@@ -29,6 +30,13 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torc
 _LOCK = threading.RLock()  # a build may load another model
 _aten = torch.ops.aten
 _RANDOM = {_aten.uniform_, _aten.normal_, _aten.random_, _aten.bernoulli_, _aten.exponential_, _aten.cauchy_, _aten.log_normal_, _aten.geometric_}
+_MATMUL = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm}
+_NO_LARGER = {
+    _aten.native_layer_norm, _aten.native_group_norm, _aten._softmax, _aten._log_softmax, _aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.argmax,
+    _aten.max, _aten.any, _aten.all, _aten.var, _aten.var_mean, _aten.linalg_vector_norm, _aten.cumsum, _aten.sort, _aten.topk, _aten.gather, _aten.equal,
+    _aten.cat, _aten.stack, _aten.clone, _aten._to_copy, _aten._unsafe_view, _aten.tril, _aten.triu, _aten.diagonal_copy, _aten.native_dropout,
+    _aten.zeros_like, _aten.ones_like, _aten.empty_like, _aten._local_scalar_dense, _aten._scaled_dot_product_flash_attention_for_cpu,
+}  # fmt: skip
 _EMPTY = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty, _aten.new_empty_strided}
 
 
@@ -44,6 +52,10 @@ class Watch(TorchDispatchMode):
         self.limits = {False: touched, True: reserved}
         self.live: dict[bool, dict[int, tuple[StorageWeakRef, int]]] = {False: {}, True: {}}
         self.used = {False: 0, True: 0}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler (two seconds) to keep it off this method; whoever compiles a module has loaded it before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -78,18 +90,39 @@ class Watch(TorchDispatchMode):
 
 
 def _promised(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """Bytes that the operation's results will take, found without making them; 0 where only the data can tell (then they are bounded by its inputs)."""
+    """Bytes that the operation's results will take, or a bound on them, found without making them."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    packet = func.overloadpacket
+    dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else torch.get_default_dtype())
+    count: int | None = None
+    if any(argument.name == "size" for argument in func._schema.arguments[:2]):  # empty, zeros, full, new_zeros, randn, …
+        count = math.prod(next(a for a in args if isinstance(a, list | tuple)))
+    elif packet is _aten.arange and all(isinstance(a, int) for a in args):
+        count, dtype = len(range(*args)), torch.int64
+    elif torch.Tag.pointwise in func.tags and tensors:
+        # torch.broadcast_shapes would import half of torch for this.
+        count = math.prod(max(sizes) for sizes in itertools.zip_longest(*(reversed(t.shape) for t in tensors), fillvalue=1))
+    elif packet in _MATMUL:
+        left, right = args[-2:]
+        count = left.numel() // max(left.shape[-1], 1) * right.shape[-1]
+    elif packet is _aten.embedding:
+        count = args[1].numel() * args[0].shape[-1]
+    elif packet in _NO_LARGER:
+        count, dtype = sum(t.numel() for t in tensors), torch.float64
+    if count is not None:
+        return count * max([dtype.itemsize, *(t.element_size() for t in tensors)])
 
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
+    # The same operation on tensors without memory. The first time, torch imports what it takes for that, which takes a second.
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs = kwargs | {"device": torch.device("meta")}
     try:
         args, kwargs = tree_map_only(Tensor, meta, (args, kwargs))
         result = func(*args, **kwargs)
     except (NotImplementedError, RuntimeError, ValueError):
-        return 0  # it has no such form (nonzero, item, kernels of others), or it will fail in earnest with the message that belongs to it
+        return 0  # only the data can tell (nonzero, item), a kernel of others, or it will fail in earnest with the message that belongs to it
     return sum(t.nbytes for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, Tensor))
 
 
