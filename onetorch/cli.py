@@ -572,7 +572,7 @@ def _share(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import sealed
     from onetorch.share.pack import pack, publish
 
-    package = pack(run, licence=licence, allow=allow, gate=_gate(trusted, yes, trust.own_only))
+    package = pack(run, where, licence=licence, allow=allow, gate=_gate(trusted, yes, trust.own_only))
     for place, what in package.private:
         _error(f"{place}: {what}")
     if package.private:

@@ -121,6 +121,13 @@ def write(path: Path, pieces: list[Piece], sync: bool = True) -> None:
             os.fsync(file.fileno())
 
 
+def chunks(pieces: list[Piece], size: int) -> Iterator[memoryview]:
+    """The pieces in parts of at most `size` bytes."""
+    for piece in pieces:
+        view = memoryview(piece)
+        yield from (view[start : start + size] for start in range(0, len(view), size))
+
+
 def sync(path: Path) -> None:
     """Have the disk keep a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)

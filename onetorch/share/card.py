@@ -12,9 +12,11 @@ HUB_LICENCES = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0"
                 "mpl-2.0", "unlicense", "isc", "openrail"}  # fmt: skip
 
 
-def write(provenance: dict[str, Any], entry: dict[str, Any], doc: str) -> str:
-    """The text of README.md, from provenance.json and config.json; `doc` is the first line of the algorithm's file."""
-    name, algorithm = provenance["recipe"], provenance["algorithm"]
+def write(provenance: dict[str, Any], entry: dict[str, Any], doc: str, where: str) -> str:
+    """The text of README.md, from provenance.json and config.json; `doc` is the first line of the algorithm's file, `where` the folder's address."""
+    name, ours = provenance["recipe"], provenance["algorithm"].startswith("onetorch.")
+    address, trusting = shlex.quote(where), "" if ours else " --trust-code"
+    again = _plain(name) if ours else f"{shlex.quote(where + '/source.py')}{trusting}"
     parts = [
         *_front_matter(provenance),
         f"# {_plain(name)}",
@@ -29,13 +31,12 @@ def write(provenance: dict[str, Any], entry: dict[str, Any], doc: str) -> str:
         "",
         "```python",
         "import onetorch",
-        f'model = onetorch.load("PATH OR URL OF THIS FOLDER"{"" if algorithm.startswith("onetorch.") else ", trust_code=True"})  # torch.nn.Module, eval mode',
+        f"model = onetorch.load({json.dumps(where)}{'' if ours else ', trust_code=True'})  # torch.nn.Module, eval mode",
         "```",
         "",
-        "`onetorch verify FOLDER` checks every hash and what the module answers on this machine, `--results` evaluates it again, and",
-        f"`onetorch train {'RECIPE' if algorithm == 'source.py' else _plain(name)} --from FOLDER` goes on from these weights.",
-        "`model.safetensors` is read by any safetensors library.",
-        "" if algorithm.startswith("onetorch.") else "The algorithm is not part of onetorch: it is `source.py`, which runs only with `--trust-code`.",
+        f"`onetorch verify {address}{trusting}` checks every hash and what the module answers on your machine; with `--results` it evaluates the model again.",
+        f"`onetorch train {again} --from {address}` goes on from these weights. Any safetensors library reads `model.safetensors`.",
+        "" if ours else "The algorithm is not part of onetorch: it is `source.py`, which runs only with `--trust-code`.",
         "",
         "## How it was made",
         "",

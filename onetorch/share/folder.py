@@ -33,6 +33,7 @@ GOLDEN, MANIFEST = "golden.safetensors", "manifest.json"
 REQUIRED = (MODEL, CONFIG, SOURCE, CARD, PROVENANCE)
 # In bytes. Parsed JSON takes some twenty times its length, so that what is parsed stays small beside any model worth the word.
 LIMITS = {CONFIG: 1 << 18, PROVENANCE: 1 << 18, SOURCE: 1 << 20, CARD: 1 << 20, GOLDEN: 1 << 24, MANIFEST: 1 << 16}
+FLUSH = 16 << 20  # bytes written between two flushes
 HEADER_LIMIT = 1 << 20  # bytes, or a 64th of the file
 
 
@@ -164,8 +165,11 @@ def write(path: Path, files: dict[str, list[sealed.Piece]], known: dict[str, str
     with making(path) as temporary, ThreadPoolExecutor(1) as beside:
         flushes = []
         for name, pieces in files.items():
-            sealed.write(temporary / name, pieces, sync=False)
-            flushes.append(beside.submit(sealed.sync, temporary / name))
+            with open(temporary / name, "xb") as file:
+                for chunk in sealed.chunks(pieces, FLUSH):
+                    file.write(chunk)
+                    file.flush()
+                    flushes.append(beside.submit(sealed.sync, temporary / name))  # the disk works while the next chunk is written
         content = manifest(files, known)
         for flush in flushes:
             flush.result()

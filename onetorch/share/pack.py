@@ -1,6 +1,7 @@
 """From a run to a model folder: weights, config, source, golden outputs, provenance and card, checked for what nobody means to share."""
 
 import json
+import math
 import shlex
 import tempfile
 import types
@@ -31,8 +32,8 @@ class Package:
     notes: list[str]  # what a person should know about it
 
 
-def pack(run: Path, *, licence: str | None = None, allow: tuple[str, ...] = (), gate: trust.Gate = trust.own_only) -> Package:
-    """The model folder of the newest checkpoint of `run`. `allow` names findings that may be shared: a file, or a file:line.
+def pack(run: Path, where: str, *, licence: str | None = None, allow: tuple[str, ...] = (), gate: trust.Gate = trust.own_only) -> Package:
+    """The model folder of the newest checkpoint of `run`, to stand at `where` (path or URL, which its card names). `allow` names findings that may be shared: a file, or a file:line.
 
     Raises as `load_run` does.
     """
@@ -58,7 +59,7 @@ def pack(run: Path, *, licence: str | None = None, allow: tuple[str, ...] = (), 
         CONFIG: json.dumps(config, indent=1, allow_nan=False) + "\n",
         SOURCE: loaded.source.code.decode("utf-8"),
         PROVENANCE: json.dumps(provenance, indent=1, allow_nan=False) + "\n",
-        CARD: card.write(provenance, config, loaded.source.doc),
+        CARD: card.write(provenance, config, loaded.source.doc, where if places.is_url(where) else Path(where).absolute().name),
     }
     found = [(place, what) for place, what in private.findings(texts) if place not in allow and place.partition(":")[0] not in allow]
     files: dict[str, list[sealed.Piece]] = {MODEL: [saved.file], **{name: [text.encode()] for name, text in texts.items()}}
@@ -94,7 +95,7 @@ def _golden(loaded: Loaded, notes: list[str]) -> dict[str, Tensor] | None:
         return None
     what, limit = "example(config)", slack(loaded.weights)
     found = outputs(loaded.model, inputs, limit, what)
-    problem, _ = difference(found, outputs(loaded.model, inputs, limit, what))
+    problem, _ = difference(found, outputs(loaded.model, inputs, math.inf, what))
     if problem:
         raise UsageError(f"the module does not answer the same twice ({problem}): a module in eval mode has to, for golden outputs to mean something")
     return {f"input.{i}": x for i, x in enumerate(inputs)} | found

@@ -192,7 +192,7 @@ def outputs(model: nn.Module, inputs: list[Tensor], limit: float, what: str) -> 
     try:
         torch.manual_seed(0)
         torch.set_num_threads(1)  # as on any other machine; and a few inputs are not worth waking the other cores, which may be busy
-        with torch.no_grad(), Watch(what, touched=limit, reserved=limit):
+        with torch.no_grad(), Watch(what, touched=limit, reserved=limit) if math.isfinite(limit) else contextlib.nullcontext():
             result = model(*inputs)
     except OneTorchError:
         raise
