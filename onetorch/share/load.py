@@ -15,7 +15,7 @@ from onetorch.runs.config import from_json, to_json
 from onetorch.runs.errors import CheckpointError, OneTorchError, RunError, UsageError
 from onetorch.share import folder as folders
 from onetorch.share import places
-from onetorch.share.folder import CONFIG, MODEL, SOURCE, Contents
+from onetorch.share.folder import CONFIG, MODEL, PROVENANCE, SOURCE, Contents
 from onetorch.share.rebuild import rebuild
 
 
@@ -85,12 +85,13 @@ def load_model(contents: Contents, gate: trust.Gate = trust.nobody) -> Loaded:
         source = algorithm.of_code(path, code)
     else:
         source = algorithm.named(entry, Path(what), gate)
+    contents.json(PROVENANCE)
     weights = contents.tensors(MODEL)
     module = source.load()
     try:
-        config = from_json(entry["config"], module.Config, what)
+        config = from_json(entry["config"], module.Config)
     except OneTorchError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{what}: {error}") from error
     except Exception as error:  # the Config's own checks, of values that nobody foresaw
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
     return Loaded(rebuild(module.build, config, weights, what, watched=True), source, module, config, weights)

@@ -33,7 +33,9 @@ class Package:
 
 
 def pack(run: Path, where: str, *, licence: str | None = None, allow: tuple[str, ...] = (), gate: trust.Gate = trust.own_only) -> Package:
-    """The model folder of the newest checkpoint of `run`, to stand at `where` (path or URL, which its card names). `allow` names findings that may be shared: a file, or a file:line.
+    """The model folder of the newest checkpoint of `run`, to stand at `where` (path or URL, which its card names).
+
+    `allow` names findings that may be shared: a file, or a file:line.
 
     Raises as `load_run` does.
     """
