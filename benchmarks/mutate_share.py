@@ -60,7 +60,7 @@ def seal(path: Path) -> None:
         if file.name != folder.MANIFEST and file.is_file() and not file.is_symlink():
             with open(file, "rb") as content:
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-    (path / folder.MANIFEST).write_text(json.dumps({"format": 1, "files": files}), encoding="utf-8")
+    (path / folder.MANIFEST).write_bytes(folder.written({"format": 1, "files": files}))
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def header_changed(rng: random.Random, path: Path) -> str:
 
 
 def same(a: Loaded, b: Loaded) -> bool:
-    return a.config == b.config and a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
+    return repr(a.config) == repr(b.config) and a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
 
 
 def mutants(count: int, seed: int, scratch: Path) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def ours(path: Path, **values: Any) -> None:
 
 def in_manifest(path: Path, name: str, **entry: Any) -> None:
     data = json.loads((path / folder.MANIFEST).read_text())
-    data["files"][name] = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()} | entry
-    (path / folder.MANIFEST).write_text(json.dumps(data))
+    data["files"][name] = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()} | data["files"].get(name, {}) | entry
+    (path / folder.MANIFEST).write_bytes(folder.written(data))
 
 
 def with_header(path: Path, header: bytes, claimed: int | None = None, data: bytes = b"", name: str = folder.MODEL) -> None:

@@ -93,6 +93,8 @@ def entries(content: memoryview, what: str) -> dict[str, Entry]:
     for name in REQUIRED:
         if name not in found:
             raise CheckpointError(f"{what} does not name {name}, which every model folder has")
+    if written(data) != content:
+        raise CheckpointError(f"{what} is damaged: its bytes are not those that onetorch writes")
     total, memory = sum(e.bytes for e in found.values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if total > memory:
         raise CheckpointError(f"{what} claims {total} bytes in all; this machine has {memory} bytes of memory")
@@ -157,7 +159,12 @@ def fetch(place: Place, path: Path) -> Contents:
 def manifest(files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> bytes:
     """The manifest of these files, as it stands in the folder; `known` holds the SHA-256 of those that were hashed before."""
     listed = {name: {"bytes": sealed.length(pieces), "sha256": known.get(name) or sealed.sha256(pieces)} for name, pieces in files.items()}
-    return json.dumps({"format": FORMAT, "files": listed}, indent=1).encode() + b"\n"
+    return written({"format": FORMAT, "files": listed})
+
+
+def written(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it stands in the folder, to the byte."""
+    return json.dumps(manifest, indent=1).encode() + b"\n"
 
 
 def write(path: Path, files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> None:

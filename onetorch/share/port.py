@@ -18,7 +18,7 @@ from onetorch.runs import sealed
 from onetorch.runs.errors import CheckpointError, UsageError
 
 SECONDS = 600  # of processor time
-ROOM = 512 << 20  # bytes of memory beside four times the file: its tensors, their copies, and Python
+ROOM = 256 << 20  # bytes of memory beside four times the file: its tensors, their copies, and Python
 
 
 def tensors_of(path: Path, key: str | None = None) -> dict[str, Tensor]:
