@@ -124,3 +124,10 @@ def test_importing_the_front_door_is_light(module):
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & (OPTIONAL | {"torch", "gymnasium"})
+
+
+def test_reading_every_algorithm_imports_no_torch():
+    code = "import sys; from onetorch.runs import algorithm as a; n = [a.read(name).name for name in a.builtin()]; print(*n, 'torch' in sys.modules)"
+    *names, torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "ppo" in names
+    assert torch == "False"

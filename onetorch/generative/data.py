@@ -99,7 +99,7 @@ def split(text: Text, context: int, name: Path | str | None = None) -> Splits:
     if min(p.size for p in parts) < 2 * context + 1:
         raise UsageError(
             f"data {name or ''}: too short, {text.size:,} bytes; a tenth of the text must hold two windows of context = {context} bytes, "
-            f"so at least {FRACTION * (2 * context + 1):,} are needed, or a smaller --context"
+            f"for which {FRACTION * (2 * context + 1):,} bytes are enough; give more text or a smaller --context"
         )
     return parts
 

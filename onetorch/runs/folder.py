@@ -55,7 +55,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object written by `write_json`; RunError names a missing, damaged or newer file."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error
     except OSError as error:

@@ -312,12 +312,17 @@ class Run:
             self._cut_metrics(0, self._written.hexdigest())
             self._initialize(live)
             return live
-        self._check_config(found.record.get("config"))
-        state.restore_state(live, found.record["state"], found.model, found.state)
+        record = found.record
+        kinds = {"last_step": int | None, "metrics_bytes": int, "metrics_sha256": str, "seconds": float, "cpu_seconds": float, "state": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name, ...), kind)]
+        if wrong:
+            raise CheckpointError(f"{found.folder / checkpoint.RECORD} has no {wrong[0]}, or not as this onetorch writes it")
+        self._check_config(record.get("config"))
+        state.restore_state(live, record["state"], found.model, found.state)
         self._saved = self.iteration = found.step
-        self._before = (float(found.record["seconds"]), float(found.record["cpu_seconds"]))
-        self._last_step = found.record["last_step"]
-        self._cut_metrics(found.record["metrics_bytes"], found.record["metrics_sha256"])
+        self._before = (record["seconds"], record["cpu_seconds"])
+        self._last_step = record["last_step"]
+        self._cut_metrics(record["metrics_bytes"], record["metrics_sha256"])
         self.say(f"goes on from {found.folder}")
         return live
 
@@ -332,8 +337,9 @@ class Run:
         """Take off the rows that were written after the checkpoint, so that none stands twice."""
         path = self.folder / "metrics.jsonl"
         found = path.stat().st_size
-        if found < size:
+        if not 0 <= size <= found:
             raise CheckpointError(f"{path} has {found} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy")
+        self._written = hashlib.sha256()
         with open(path, "rb") as file:
             left = size
             while chunk := file.read(min(left, 1 << 20)):

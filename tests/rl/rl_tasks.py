@@ -74,8 +74,10 @@ class Noisy(Task):
 
 
 LIMIT = 5  # steps until TimeLimit cuts Trap-v0
-gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
-gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
-gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
-for kind in (NaNObservation, InfiniteReward, Chance, Raises, DiscreteObservation, ManyActions):
-    gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")
+if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second time, to look for doctests in it
+    gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
+    gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
+    gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
+    gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
+    for kind in (NaNObservation, InfiniteReward, Chance, Raises, DiscreteObservation, ManyActions):
+        gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")
