@@ -283,7 +283,7 @@ def sparse(path: Path, name: str, size: int) -> None:
 
 def tensor_file(path: Path, name: str, tensors: dict[str, Tensor]) -> None:
     (path / name).unlink()
-    sealed.write(path / name, sealed.dump(tensors), sync=False)
+    sealed.write(path / name, sealed.dump(tensors))
 
 
 OURS: dict[str, Any] = {}

@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from onetorch.runs.folder import FORMAT, explain
 
 MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, STATE, RECORD)
-BESIDE_BYTES = 4 << 20  # a state larger than this is flushed while it is hashed
 MANIFEST_LIMIT = 65_536  # bytes; a manifest of ours has about 400
 
 
@@ -57,30 +55,24 @@ def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[st
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        with ThreadPoolExecutor(1) as beside:
-            # Flushing is waiting for the disk and hashing is work for a core; both release the GIL, so one goes on beside the other. A small state is
-            # hashed sooner than a thread starts; of many small flushes in a row the first does the work.
-            large = sum(t.nbytes for tensors in (model, state) for t in tensors.values()) > BESIDE_BYTES
-            flushes = []
-            for name, pieces in contents.items():
-                sealed.write(temporary / name, pieces, sync=False)
-                if large:
-                    flushes.append(beside.submit(sealed.sync, temporary / name))
-            manifest = {"format": FORMAT, "step": step, "files": {name: _entry(pieces) for name, pieces in contents.items()}}
-            for flush in flushes:
-                flush.result()
-        for name in () if large else FILES:
-            sealed.sync(temporary / name)
+        # Flushing is waiting for the disk, which takes several files at once, and hashing is work for a core: all go on beside each other.
+        flushes = []
+        for name, pieces in contents.items():
+            sealed.write(temporary / name, pieces)
+            flushes.append(sealed.flush(temporary / name))
+        manifest = {"format": FORMAT, "step": step, "files": {name: _entry(pieces) for name, pieces in contents.items()}}
         sealed.write(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        sealed.sync(temporary)
+        flushes += [sealed.flush(path) for path in (temporary / MANIFEST, temporary)]
+        for flush in flushes:
+            flush.result()
         for later in steps(parent):
             if later >= step:
                 # Only damaged ones can stand here: resuming goes on from the newest that verifies. They are kept for whoever wants to look, under a
                 # name that does not count, lest good ones be retired in their stead.
                 os.rename(parent / folder_name(later), parent / f".damaged-{folder_name(later)}-{secrets.token_hex(3)}")
         os.rename(temporary, target)
-        sealed.sync(parent)
-        sealed.sync(parent.parent)
+        for flush in [sealed.flush(path) for path in (parent, parent.parent)]:
+            flush.result()
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"no checkpoint at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
@@ -120,10 +112,13 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
         contents[name], found = sealed.read(folder / name, expected["bytes"])
         if found != expected["sha256"]:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
-    record = sealed.parse_json(contents[RECORD], folder / RECORD)
-    model = sealed.parse(contents[MODEL], folder / MODEL)
-    # Of the state a part may live on by itself, and should not keep the memory of the whole file.
-    state = {} if only_model else {name: tensor.clone() for name, tensor in sealed.parse(contents[STATE], folder / STATE).items()}
+    try:
+        record = sealed.parse_json(contents[RECORD], RECORD)
+        model = sealed.parse(contents[MODEL], MODEL)
+        # Of the state a part may live on by itself, and should not keep the memory of the whole file.
+        state = {} if only_model else {name: tensor.clone() for name, tensor in sealed.parse(contents[STATE], STATE).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} cannot be read although its hashes agree: {error}") from error  # a fault of the writer, or a forged folder
     if record.get("step") != manifest["step"]:
         raise CheckpointError(f"{folder / RECORD} is of another step than the manifest")
     return Checkpoint(folder, manifest["step"], model, state, record, contents[MODEL], manifest["files"][MODEL]["sha256"])

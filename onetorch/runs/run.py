@@ -190,6 +190,7 @@ class Run:
             self.record["from"] = {**(origin or {}), "bytes": sealed.length(pieces), "sha256": sealed.sha256(pieces)}
             (self.folder / INITIAL).unlink(missing_ok=True)  # of a run that was killed before it had a config
             sealed.write(self.folder / INITIAL, pieces)
+            sealed.flush(self.folder / INITIAL).result()
         folder.write_json(self.folder / "run.json", self.record)
         # Last: a folder holds a run from the moment that its config stands in it.
         entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or (source and "source.py"), "config": to_json(self.config)}

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+FLUSHERS = ThreadPoolExecutor(5, thread_name_prefix="flush")  # as many as a checkpoint has to flush; it starts its threads when asked
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
 
 Piece = bytes | memoryview
@@ -111,14 +113,11 @@ def length(pieces: list[Piece]) -> int:
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
-def write(path: Path, pieces: list[Piece], sync: bool = True) -> None:
-    """Write a new file, and with `sync` wait until the disk has it."""
+def write(path: Path, pieces: list[Piece]) -> None:
+    """Write a new file; `flush` makes the disk keep it."""
     with open(path, "xb") as file:
         for piece in pieces:
             file.write(piece)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def chunks(pieces: list[Piece], size: int) -> Iterator[memoryview]:
@@ -128,8 +127,12 @@ def chunks(pieces: list[Piece], size: int) -> Iterator[memoryview]:
         yield from (view[start : start + size] for start in range(0, len(view), size))
 
 
-def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or a folder's names."""
+def flush(path: Path) -> Future[None]:
+    """Have the disk keep a file's content, or a folder's names, beside whatever else is to be done; the result comes when it does."""
+    return FLUSHERS.submit(_sync, path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +139,9 @@ def making(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        sealed.sync(temporary)
+        sealed.flush(temporary).result()
         os.rename(temporary, path)
-        sealed.sync(path.absolute().parent)
+        sealed.flush(path.absolute().parent).result()
     except OSError as error:
         raise RunError(explain(error, path)) from error
     finally:
@@ -169,18 +168,18 @@ def written(manifest: dict[str, Any]) -> bytes:
 
 def write(path: Path, files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> None:
     """Write a model folder atomically: hashed while the disk flushes, the manifest last. `known` as in `manifest`."""
-    with making(path) as temporary, ThreadPoolExecutor(1) as beside:
+    with making(path) as temporary:
         flushes = []
         for name, pieces in files.items():
             with open(temporary / name, "xb") as file:
                 for chunk in sealed.chunks(pieces, FLUSH):
                     file.write(chunk)
                     file.flush()
-                    flushes.append(beside.submit(sealed.sync, temporary / name))  # the disk works while the next chunk is written
+                    flushes.append(sealed.flush(temporary / name))  # the disk works while the next chunk is written
         content = manifest(files, known)
-        for flush in flushes:
-            flush.result()
         sealed.write(temporary / MANIFEST, [content])
+        for flush in [*flushes, sealed.flush(temporary / MANIFEST)]:
+            flush.result()
 
 
 def is_model(path: Path) -> bool:

@@ -19,10 +19,8 @@ TINY = Path(__file__).with_name("tiny.py")
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("share")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(where / "state"))
-        assert cli.main(["train", str(TINY), "--dir", str(where / "run"), "--optim.rate", "SLOW", "--width", "16"]) == 0
-        assert cli.main(["share", str(where / "run"), str(where / "model"), "--license", "MIT", "--yes"]) == 0
+    assert cli.main(["train", str(TINY), "--dir", str(where / "run"), "--optim.rate", "SLOW", "--width", "16"]) == 0
+    assert cli.main(["share", str(where / "run"), str(where / "model"), "--license", "MIT", "--yes"]) == 0
     return where
 
 
@@ -35,10 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def state(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this user has trained is `base`'s run, and what a test notes is gone after it."""
-    shutil.copytree(base / "state", tmp_path / "state")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -67,11 +67,11 @@ def test_code_of_a_received_run_is_not_the_users(run: Path, canary: Path, onetor
     assert canary.exists()
 
 
-def test_a_run_stays_the_users_where_it_is_moved(run: Path, tmp_path: Path, onetorch) -> None:
+def test_a_run_stays_the_users_where_it_is_moved(run: Path, tmp_path: Path, onetorch, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = tmp_path / "elsewhere" / "it"
     shutil.copytree(run, moved)
     assert onetorch("eval", moved)[0] == 0
-    (tmp_path / "state" / "onetorch" / "own_code").unlink()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
     assert onetorch("eval", moved)[0] == 2
 
 
