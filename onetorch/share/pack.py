@@ -135,13 +135,16 @@ def _command(command: str) -> str:
 
 def _results(run: Path, record: dict[str, Any], step: int) -> dict[str, Any] | None:
     """What was measured of exactly these weights: by `onetorch eval`, or else at the end of the run."""
-    if (run / "eval.json").exists():
-        measured = folder.read_json(run / "eval.json")
-        if measured.get("step") == step:
-            return {"by": "onetorch eval", "options": measured.get("options", {}), "values": measured.get("results", {})}
-    if record.get("status") == "done" and record.get("result") and record.get("progress", {}).get("done") == step:
-        return {"by": "the run, at its end", "options": {}, "values": record["result"]}
-    return None
+    measured = folder.read_json(run / "eval.json") if (run / "eval.json").exists() else {}
+    if measured.get("step") == step:
+        found = {"by": "onetorch eval", "options": measured.get("options", {}), "values": measured.get("results", {})}
+    elif record.get("status") == "done" and record.get("progress", {}).get("done") == step:
+        found = {"by": "the run, at its end", "options": {}, "values": record.get("result", {})}
+    else:
+        return None
+    # Numbers alone: a text is a remark or the name of a file that stays in the run.
+    numbers = {name: value for name, value in found["values"].items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return found | {"values": numbers} if numbers else None
 
 
 def publish(package: Package, where: str, public: bool = False) -> str:

@@ -64,6 +64,7 @@ def test_card_says_what_was_measured(base: Path) -> None:
     assert text.startswith("---\nlibrary_name: onetorch\nlicense: mit\n")
     assert f"| mean | {result['mean']:.6g} ± {result['mean_ci95']:.6g} (95 % interval) |" in text
     assert "| rows | 32 |" in text
+    assert "none.mp4" not in text.partition("## Use")[0]
     assert "272 parameters" in text  # 16 * 16 tied weights and 16 biases
     assert "| optim.rate | \"SLOW\" |" in text
     assert 'onetorch.load("model", trust_code=True)' in text

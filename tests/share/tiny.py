@@ -80,10 +80,10 @@ def train(config: Config, run: Run) -> nn.Module:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, config: Config, *, media: Path | None = None, rows: int = 32, seed: int = 5) -> dict[str, float | int]:
+def evaluate(model: nn.Module, config: Config, *, media: Path | None = None, rows: int = 32, seed: int = 5) -> dict[str, float | int | str]:
     x = torch.randn(rows, config.width, generator=torch.Generator().manual_seed(seed))
     values = model(x)["logits"].mean(-1)
-    return {"mean": values.mean().item(), "mean_ci95": 1.96 * values.std().item() / rows**0.5, "rows": rows}
+    return {"mean": values.mean().item(), "mean_ci95": 1.96 * values.std().item() / rows**0.5, "rows": rows, "video": "none.mp4"}
 
 
 def example(config: Config) -> tuple[Tensor, ...]:
