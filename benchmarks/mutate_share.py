@@ -448,7 +448,7 @@ def attacks(mb: int, scratch: Path) -> dict[str, Any]:
         left = [str(p) for p in (scratch / "work").iterdir() if p.name != "got"]
         ratio = found["taken"] / size
         bad = executed or bool(written) or bool(left) or bool(accepted) or found["rc"] != 0 or ratio > MEMORY
-        rows.append({"attack": name, "said": found["said"][0][:200], "executed": executed, "memory": round(ratio, 3), "ok": not bad})
+        rows.append({"attack": name, "said": found["said"][0].replace(f"{inner}/", "")[:200], "executed": executed, "memory": round(ratio, 3), "ok": not bad})
         if bad:
             misses.append({"attack": name, "written": written, "left": left, **found, "ratio": ratio})
         sys.stdout.write(f"{'ok  ' if not bad else 'MISS'} {ratio:5.2f}  {name}: {found['said'][0][:110]!r}\n")

@@ -3,6 +3,9 @@
 An algorithm is one Python file with `Config`, `build(config)`, `train(config, run)` and `evaluate(model, config, *, media=None, …)`. The command line has to
 know its fields before it does any work, and importing torch takes a second, so the file is first only *read*: of its top-level statements those are
 executed that `Config` and the signature of `evaluate` need, and no others.
+
+A file that may be shared has one function more: `example(config)` gives a tensor, or a tuple of tensors, for the module to answer with tensors (or tuples and
+dicts of them). `onetorch share` keeps inputs and answers in the model folder, and whoever gets it checks that the model answers the same there. A few rows do.
 """
 
 import ast
@@ -102,6 +105,8 @@ def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
 
     Reading a Config executes a part of the file, so `gate` is asked first.
     """
+    if (where / "manifest.json").exists():
+        raise UsageError(f"{where} is a model folder, not a run: `onetorch verify {where} --results` evaluates it, `onetorch train RECIPE --from {where}` goes on")
     if not folder.holds_run(where):
         near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
         raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)

@@ -35,7 +35,7 @@ _NO_LARGER = {
     _aten.native_layer_norm, _aten.native_group_norm, _aten._softmax, _aten._log_softmax, _aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.argmax,
     _aten.max, _aten.any, _aten.all, _aten.var, _aten.var_mean, _aten.linalg_vector_norm, _aten.cumsum, _aten.sort, _aten.topk, _aten.gather, _aten.equal,
     _aten.cat, _aten.stack, _aten.clone, _aten._to_copy, _aten._unsafe_view, _aten.tril, _aten.triu, _aten.diagonal_copy, _aten.native_dropout,
-    _aten.zeros_like, _aten.ones_like, _aten.empty_like, _aten._local_scalar_dense, _aten._scaled_dot_product_flash_attention_for_cpu,
+    _aten.roll,    _aten.zeros_like, _aten.ones_like, _aten.empty_like, _aten._local_scalar_dense, _aten._scaled_dot_product_flash_attention_for_cpu,
 }  # fmt: skip
 _EMPTY = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty, _aten.new_empty_strided}
 
@@ -107,6 +107,11 @@ def _promised(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
         count = left.numel() // max(left.shape[-1], 1) * right.shape[-1]
     elif packet is _aten.embedding:
         count = args[1].numel() * args[0].shape[-1]
+    elif packet is _aten.repeat:
+        count = args[0].numel() * math.prod(args[1])
+    elif packet is _aten.constant_pad_nd:
+        added = [sum(pair) for pair in zip(args[1][::2], args[1][1::2], strict=True)]  # of the last axis first
+        count = math.prod(size + more for size, more in itertools.zip_longest(reversed(args[0].shape), added, fillvalue=0))
     elif packet in _NO_LARGER:
         count, dtype = sum(t.numel() for t in tensors), torch.float64
     if count is not None:

@@ -41,7 +41,7 @@ def test_code_of_a_received_model_runs_only_when_trusted(model: Path, canary: Pa
                   ["new", "mine", "--from", model / "source.py"], ["eval", model], ["resume", model], ["train", model / "source.py", "--help"]):  # fmt: skip
         code, _, err = onetorch(*words)
         assert code in (2, 3), words
-        assert "--trust-code" in err or "no run" in err, err
+        assert "--trust-code" in err or "is a model folder, not a run" in err, err
         assert not canary.exists(), words
     code, out, _ = onetorch("verify", model, "--trust-code")
     assert code == 0
