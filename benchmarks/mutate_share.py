@@ -493,7 +493,7 @@ def main() -> int:
     passed = not (first and first["misses"]) and not second["misses"]
     result = {"passed": passed, "mutants": first, "malicious": second, "limit_memory": MEMORY, "torch": torch.__version__, "python": sys.version.split()[0]}
     words.out.parent.mkdir(parents=True, exist_ok=True)
-    words.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    words.out.write_text(json.dumps(result, indent=1).replace(scratch + "/", "") + "\n", encoding="utf-8")
     return 0 if passed else 1
 
 
