@@ -590,7 +590,7 @@ def _work(module: Any, run: Any) -> int:
     """Train, evaluate, draw; whatever happens, the run's record says so."""
     from onetorch.runs import plan, report
 
-    run.say(f"run: {run.folder}")
+    run.say(f"run: {run.folder}  ({run.record['command']})")
     again = ""
     try:
         with run:

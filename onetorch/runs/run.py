@@ -253,21 +253,21 @@ class Run:
                 raise RunError(f"{self.folder} ran on {recorded['device']}, which is not here: go on where it is, or begin a new run in another --dir")
             choice, note = dict(recorded), "as recorded"
         elif (kept := plan.cached(key, narrowed)) is not None:
-            choice, note = kept, "measured earlier on this machine"
+            choice, note = kept, "measured earlier on this machine; --plan fixes it"
         else:
             generators = (torch.get_rng_state(), np.random.get_state(), random.getstate())
             choice, seconds = plan.choose(measure, narrowed)
             torch.set_rng_state(generators[0])
             np.random.set_state(generators[1])
             random.setstate(generators[2])
-            note = f"measured in {seconds:.1f} s" if seconds else "nothing to measure"
+            note = f"measured in {seconds:.1f} s; --plan fixes it" if seconds else "nothing to measure"
             problem = plan.keep(key, choice) if seconds else None
             if problem:
                 note += f", not kept for the next run: {problem}"
         plan.set_threads(choice)
         self.record["plan"] = choice
         folder.write_json(self.folder / "run.json", self.record)
-        self.say(f"plan: {plan.show(choice)} ({note}; --plan fixes it)")
+        self.say(f"plan: {plan.show(choice)} ({note})")
         return dict(choice)
 
     def initialize(self, model: torch.nn.Module) -> None:
