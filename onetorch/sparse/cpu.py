@@ -23,7 +23,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SOURCE = Path(__file__).parent / "csrc"
 # -ffp-contract=fast lets a multiply and an add become one fused instruction, which is what the kernels are built on; nothing else is allowed to change a result
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC")
 
 
 def _cpu_features() -> str:
@@ -64,14 +64,20 @@ def _build(compiler: str, target: Path) -> bool:
         _say(f"building the CPU kernels with {compiler} (once, some ten to thirty seconds) ...")
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            sources = sorted(SOURCE.glob("*.cpp"))
             for openmp in (("-fopenmp",), ()):  # Apple's clang has no OpenMP: one thread is better than none
-                made = Path(folder) / target.name
-                result = subprocess.run([compiler, *FLAGS, *openmp, *map(str, sorted(SOURCE.glob("*.cpp"))), "-o", str(made)], capture_output=True, text=True)
-                if result.returncode == 0:
-                    os.replace(made, target)
-                    _say(f"built in {time.perf_counter() - start:.0f} s: {target}")
-                    return True
-        _say(f"{compiler} failed, the products take their PyTorch path: {result.stderr.strip().splitlines()[-1] if result.stderr.strip() else 'no message'}")
+                objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+                steps = [subprocess.Popen([compiler, *FLAGS, *openmp, "-c", str(source), "-o", o], stderr=subprocess.PIPE, text=True) for source, o in zip(sources, objects, strict=True)]
+                errors = "".join([step.communicate()[1] for step in steps])
+                if all(step.returncode == 0 for step in steps):
+                    linked = subprocess.run([compiler, *FLAGS, *openmp, "-shared", *objects, "-o", str(made)], capture_output=True, text=True)
+                    errors = linked.stderr
+                    if linked.returncode == 0:
+                        os.replace(made, target)
+                        _say(f"built in {time.perf_counter() - start:.0f} s: {target}")
+                        return True
+        _say(f"{compiler} failed, the products take their PyTorch path: {errors.strip().splitlines()[-1] if errors.strip() else 'no message'}")
         return False
 
 
@@ -93,6 +99,9 @@ def library() -> ctypes.CDLL | None:
     sizes = ctypes.POINTER(i64)
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
+    attention = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
+    lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
+    lib.onetorch_attention_backward.argtypes = [*attention, pointer, pointer, pointer, pointer, pointer, pointer, pointer, i32]
     return lib
 
 
@@ -156,3 +165,36 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
         )
     )  # fmt: skip
     return out
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], heads: int, scale: float, causal: bool, *restrictions: Tensor | None) -> tuple:
+    B, H, S, D = q.shape
+    sizes = _longs(B, H, k.shape[1], S, k.shape[2], D, v.shape[3], *grid, *block, heads)
+    strides = [_longs(*t.stride()[:3]) for t in (q, k, v)]
+    columns = index.data_ptr() + 4 * (heads * grid[0] + 1)
+    return DTYPES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), sizes, *strides, index.data_ptr(), columns, scale, int(causal), *map(_pointer, restrictions)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """-> (B, H, S, Dv) and the log-sum-exp (B, H, S). q, k and v have a contiguous last dimension; see csrc/attention.cpp."""
+    lib = library()
+    assert lib is not None
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if lse.numel():
+        _check(lib.onetorch_attention(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), torch.get_num_threads()))
+    return out, lse
+
+
+def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    lib = library()
+    assert lib is not None
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
+    if lse.numel():
+        gradients = [t.data_ptr() for t in (grad, dq, dk, dv)]
+        _check(lib.onetorch_attention_backward(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _pointer(grad_lse), *gradients, torch.get_num_threads()))
+    return dq, dk, dv

@@ -28,7 +28,7 @@ def _native(x: Tensor) -> bool:
     return x.device.type == "cpu" and cpu.library() is not None
 
 
-def _grid(H: int, rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
+def _grid(rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
     return -(-rows // block[0]), -(-columns // block[1])
 
 
@@ -65,7 +65,7 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
     """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's last size, is added."""
     G, H, M, K = x.shape
     block = values.shape[2:]
-    grid = _grid(H, rows, columns, block)
+    grid = _grid(rows, columns, block)
     if _native(x):
         return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     at, to = _kept_blocks(index, H, grid)
@@ -85,7 +85,7 @@ def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: in
     """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or the sum over G as (1, kept, br, bc)."""
     G, H, M, K = a.shape
     block = (block_rows, block_columns)
-    grid = _grid(H, M, b.shape[3], block)
+    grid = _grid(M, b.shape[3], block)
     if _native(a):
         return cpu.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
@@ -102,7 +102,7 @@ def _(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, 
 @_sdd.register_fake
 def _(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
     G, H, M, _K = a.shape
-    grid = _grid(H, M, b.shape[3], (block_rows, block_columns))
+    grid = _grid(M, b.shape[3], (block_rows, block_columns))
     return a.new_empty(1 if reduce else G, (index.shape[0] - H * sum(grid) - 2) // 4, block_rows, block_columns)
 
 
