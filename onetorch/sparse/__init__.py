@@ -2,7 +2,8 @@
 
 from onetorch.sparse import patterns
 from onetorch.sparse.attention import attention
+from onetorch.sparse.layers import Linear, from_bsr, to_bsr
 from onetorch.sparse.layout import Layout
 from onetorch.sparse.products import dds, dsd, sdd
 
-__all__ = ["Layout", "attention", "dds", "dsd", "patterns", "sdd"]
+__all__ = ["Layout", "Linear", "attention", "dds", "dsd", "from_bsr", "patterns", "sdd", "to_bsr"]

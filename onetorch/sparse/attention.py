@@ -3,8 +3,8 @@
     layout = patterns.local(4096, 64, window=256)
     out = attention(q, k, v, layout, causal=True)              # (B, H, S, D)
 
-On the CPU one fused C++ kernel each way; elsewhere, and without a compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps the output and the
-log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
+On the CPU one fused C++ kernel each way; elsewhere, and without a compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps
+the output and the log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
 """
 
 import math
@@ -19,10 +19,11 @@ from onetorch.sparse.products import DTYPES, _accumulator, _cast, _check_layout,
 # The operators. q (B, H, S, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv); `heads` is that of the layout, 1 or H. -----------------------------------------
 
 
-def _scores(q: Tensor, k: Tensor, index: Tensor, block: tuple[int, int], heads: int, scale: float, causal: bool, position, group, padding, mask) -> tuple[Tensor, Tensor]:
+def _scores(
+    q: Tensor, k: Tensor, index: Tensor, block: tuple[int, int], heads: int, scale: float, causal: bool, position, group, padding, mask
+) -> tuple[Tensor, Tensor]:
     """The scores at the kept blocks, -inf where they are not allowed, (G, kept, br, bc), and the row each block row of them belongs to, (kept,)."""
-    B, H, S, _D = q.shape
-    Sk = k.shape[2]
+    H, S, Sk = q.shape[1], q.shape[2], k.shape[2]
     grid = _grid(S, Sk, block)
     rows, columns = _kept_blocks(index, heads, grid)
     query = ((rows % grid[0] * block[0])[:, None] + torch.arange(block[0], device=q.device)).clamp_max(S - 1)  # (kept, br)
@@ -79,8 +80,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, br: int, bc: int,
 
 
 @torch.library.custom_op("onetorch_sparse::attention_backward", mutates_args=())
-def _attention_backward(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: Tensor, br: int, bc: int, heads: int, scale: float, causal: bool,
-                        position: Tensor | None, group: Tensor | None, padding: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _attention_backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: Tensor, br: int, bc: int, heads: int,
+    scale: float, causal: bool, position: Tensor | None, group: Tensor | None, padding: Tensor | None, mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, S, _D = q.shape
     Hk, Sk = k.shape[1:3]
     block, grid = (br, bc), _grid(S, Sk, (br, bc))
@@ -106,7 +109,7 @@ def _attention_backward(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Ten
     dk = _dds(_by_layout(q.to(kind), heads).mT, ds, index, None, S, Sk, False).mT
     dv = _dds(_by_layout(grad.to(kind), heads).mT, p, index, None, S, Sk, False).mT
     dk, dv = (t.reshape(B, Hk, H // Hk, Sk, -1).sum(2) for t in (dk, dv))
-    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))  # type: ignore[return-value]
+    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
 
 
 @_attention.register_fake
@@ -173,7 +176,9 @@ def attention(
     _check_layout(layout)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            raise ValueError(f"{name}: expected (batch, heads, tokens, depth), got {tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__}")
+            raise ValueError(
+                f"{name}: expected (batch, heads, tokens, depth), got {tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__}"
+            )
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {tensor.dtype}")
         if tensor.device != layout.device:
@@ -198,8 +203,10 @@ def attention(
     if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool or mask.device != q.device):
         raise ValueError(f"mask: expected {layout.values_shape} bool on {q.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
     for name, tokens in (("groups", groups), ("order", order)):
-        if tokens is not None and (S != Sk or tokens.shape != (S,) or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
-            raise ValueError(f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}")
+        if tokens is not None and (S != Sk or list(tokens.shape) != [S] or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
+            raise ValueError(
+                f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+            )
     position = None
     if order is not None:
         q, k, v = (t.index_select(2, order) for t in (q, k, v))

@@ -1,8 +1,8 @@
 """The C++ kernels of the CPU: built once for this machine where a compiler is found, and called on raw pointers.
 
-The library is a plain shared object without torch's headers, so it builds in seconds and serves every torch version; it shares torch's OpenMP threads. It lies in the
-user's cache folder under a name that holds the hash of its source, the compiler's version and the CPU's features. Where there is no compiler `library()` is None and the
-products take their PyTorch path.
+The library is a plain shared object without torch's headers, so it builds in seconds and serves every torch version; it shares torch's OpenMP threads.
+It lies in the user's cache folder under a name that holds the hash of its source, the compiler's version, the flags and the CPU's features. Where there
+is no compiler `library()` is None and the products take their PyTorch path.
 """
 
 import ctypes
@@ -68,7 +68,10 @@ def _build(compiler: str, target: Path) -> bool:
             sources = sorted(SOURCE.glob("*.cpp"))
             for openmp in (("-fopenmp",), ()):  # Apple's clang has no OpenMP: one thread is better than none
                 objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-                steps = [subprocess.Popen([compiler, *FLAGS, *openmp, "-c", str(source), "-o", o], stderr=subprocess.PIPE, text=True) for source, o in zip(sources, objects, strict=True)]
+                steps = [
+                    subprocess.Popen([compiler, *FLAGS, *openmp, "-c", str(source), "-o", o], stderr=subprocess.PIPE, text=True)
+                    for source, o in zip(sources, objects, strict=True)
+                ]
                 errors = "".join([step.communicate()[1] for step in steps])
                 if all(step.returncode == 0 for step in steps):
                     linked = subprocess.run([compiler, *FLAGS, *openmp, "-shared", *objects, "-o", str(made)], capture_output=True, text=True)
@@ -99,7 +102,7 @@ def library() -> ctypes.CDLL | None:
     sizes = ctypes.POINTER(i64)
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
-    attention = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
+    attention: list = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
     lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
     lib.onetorch_attention_backward.argtypes = [*attention, pointer, pointer, pointer, pointer, pointer, pointer, pointer, i32]
     return lib
@@ -116,7 +119,9 @@ def _longs(*values: int) -> ctypes.Array:
 
 
 def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
-    """x (G, H, M, K) with any strides @ values (1 or G, kept, br, bc) as (K, columns), or transposed as (columns, K) -> (G, H, M, columns). `grid` is (R, C) of the layout."""
+    """x (G, H, M, K) with any strides @ values (1 or G, kept, br, bc) as (K, columns), or transposed as (columns, K) -> (G, H, M, columns). `grid` is (R,
+    C) of the layout.
+    """
     lib = library()
     assert lib is not None
     G, H, M, _K = x.shape
@@ -171,12 +176,35 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], heads: int, scale: float, causal: bool, *restrictions: Tensor | None) -> tuple:
+def _attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    heads: int,
+    scale: float,
+    causal: bool,
+    *restrictions: Tensor | None,
+) -> tuple:
     B, H, S, D = q.shape
     sizes = _longs(B, H, k.shape[1], S, k.shape[2], D, v.shape[3], *grid, *block, heads)
     strides = [_longs(*t.stride()[:3]) for t in (q, k, v)]
     columns = index.data_ptr() + 4 * (heads * grid[0] + 1)
-    return DTYPES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), sizes, *strides, index.data_ptr(), columns, scale, int(causal), *map(_pointer, restrictions)
+    return (
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        sizes,
+        *strides,
+        index.data_ptr(),
+        columns,
+        scale,
+        int(causal),
+        *map(_pointer, restrictions),
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
@@ -190,11 +218,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tens
     return out, lse
 
 
-def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, *arguments
+) -> tuple[Tensor, Tensor, Tensor]:
     lib = library()
     assert lib is not None
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
     if lse.numel():
         gradients = [t.data_ptr() for t in (grad, dq, dk, dv)]
-        _check(lib.onetorch_attention_backward(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _pointer(grad_lse), *gradients, torch.get_num_threads()))
+        _check(
+            lib.onetorch_attention_backward(
+                *_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _pointer(grad_lse), *gradients, torch.get_num_threads()
+            )
+        )
     return dq, dk, dv

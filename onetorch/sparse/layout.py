@@ -30,10 +30,12 @@ class Layout:
 
     mask    (R, C) or (heads, R, C) bool: which blocks are kept
     block   (br, bc) elements of a block, each one of 8, 16, 32, 64, 128
-    shape   (rows, columns) elements of the matrix; R = ceil(rows / br), C = ceil(columns / bc): the last blocks may reach over the edge, and what they hold there does not exist
+    shape   (rows, columns) elements of the matrix; R = ceil(rows / br), C = ceil(columns / bc): the last blocks may reach over the edge, and what they
+            hold there does not exist
     kept    number of kept blocks, over all heads; values of the layout are (kept, br, bc), sorted by head, row, column
     rows, columns   (kept,) int32: block row and block column of each kept block, counted through all heads (head * R + row, head * C + column)
-    index   int32, what the kernels read: row offsets (H R + 1) | columns (kept) | column offsets (H C + 1) | the transposed index: rows (kept) | and where their values stand (kept) | rows (kept)
+    index   int32, what the kernels read: row offsets (H R + 1) | columns (kept) | column offsets (H C + 1) | the transposed index: rows (kept) | and
+            where their values stand (kept) | rows (kept)
     """
 
     mask: Tensor
@@ -46,7 +48,8 @@ class Layout:
 
     @staticmethod
     def from_mask(mask: Tensor, block: int | tuple[int, int], shape: int | tuple[int, int] | None = None) -> "Layout":
-        """The layout that keeps the blocks where `mask`, bool (R, C) or (heads, R, C), is true. `shape` is the matrix in elements; left out: R and C whole blocks.
+        """The layout that keeps the blocks where `mask`, bool (R, C) or (heads, R, C), is true. `shape` is the matrix in elements; left out: R and C
+        whole blocks.
 
         ValueError for a mask of another rank or dtype, an unknown block size, or a shape that is not covered by exactly these blocks.
         """
@@ -60,7 +63,9 @@ class Layout:
         R, C = mask.shape[-2:]
         rows, columns = _pair("shape", shape) if shape is not None else (R * br, C * bc)
         if -(-rows // br) != R or -(-columns // bc) != C:
-            raise ValueError(f"shape: {R} x {C} blocks of {br} x {bc} cover ({(R - 1) * br + 1}..{R * br}, {(C - 1) * bc + 1}..{C * bc}) elements, got {(rows, columns)}")
+            raise ValueError(
+                f"shape: {R} x {C} blocks of {br} x {bc} cover ({(R - 1) * br + 1}..{R * br}, {(C - 1) * bc + 1}..{C * bc}) elements, got {(rows, columns)}"
+            )
         mask = mask.detach().contiguous().clone()
         heads = mask.reshape(-1, R, C)
         H = heads.shape[0]
@@ -80,13 +85,23 @@ class Layout:
         return Layout(mask, (br, bc), (rows, columns), at.shape[0], block_rows.to(torch.int32), block_columns.to(torch.int32), index)
 
     @staticmethod
-    def from_indices(rows: Tensor, columns: Tensor, grid: tuple[int, ...], block: int | tuple[int, int], shape: int | tuple[int, int] | None = None, heads: Tensor | None = None) -> "Layout":
-        """The layout that keeps blocks (rows[i], columns[i]), or (heads[i], rows[i], columns[i]), of a `grid` of (R, C) or (heads, R, C) blocks; their order does not matter.
+    def from_indices(
+        rows: Tensor,
+        columns: Tensor,
+        grid: tuple[int, ...],
+        block: int | tuple[int, int],
+        shape: int | tuple[int, int] | None = None,
+        heads: Tensor | None = None,
+    ) -> "Layout":
+        """The layout that keeps blocks (rows[i], columns[i]), or (heads[i], rows[i], columns[i]), of a `grid` of (R, C) or (heads, R, C) blocks; their
+        order does not matter.
 
         ValueError names the index that is out of range or stands twice.
         """
         if len(grid) not in (2, 3) or (len(grid) == 3) != (heads is not None):
-            raise ValueError(f"grid: expected (R, C), or (heads, R, C) together with `heads`, got {grid} and heads {'given' if heads is not None else 'left out'}")
+            raise ValueError(
+                f"grid: expected (R, C), or (heads, R, C) together with `heads`, got {grid} and heads {'given' if heads is not None else 'left out'}"
+            )
         named = {"rows": (rows, grid[-2]), "columns": (columns, grid[-1])} | ({"heads": (heads, grid[0])} if heads is not None else {})
         for name, (index, size) in named.items():
             if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
@@ -136,7 +151,11 @@ class Layout:
         if not isinstance(other, Layout):
             return NotImplemented
         return self is other or (
-            self.block == other.block and self.shape == other.shape and self.mask.shape == other.mask.shape and self.device == other.device and torch.equal(self.mask, other.mask)
+            self.block == other.block
+            and self.shape == other.shape
+            and self.mask.shape == other.mask.shape
+            and self.device == other.device
+            and torch.equal(self.mask, other.mask)
         )
 
     def __hash__(self) -> int:
@@ -145,10 +164,13 @@ class Layout:
     def __repr__(self) -> str:
         R, C = self.grid
         heads = f"{self.heads} heads of " if self.heads else ""
-        return f"Layout({heads}{self.shape[0]} x {self.shape[1]}, {R} x {C} blocks of {self.block[0]} x {self.block[1]}, {self.kept} kept, density {self.density:.4f}, {self.device})"
+        blocks = f"{R} x {C} blocks of {self.block[0]} x {self.block[1]}"
+        return f"Layout({heads}{self.shape[0]} x {self.shape[1]}, {blocks}, {self.kept} kept, density {self.density:.4f}, {self.device})"
 
     def picture(self, width: int = 64) -> str:
-        """The kept blocks as text, one character per block, or per square of blocks where there are more than `width` columns; darker is denser. Heads stand below each other."""
+        """The kept blocks as text, one character per block, or per square of blocks where there are more than `width` columns; darker is denser. Heads
+        stand below each other.
+        """
         R, C = self.grid
         step = -(-C // width)
         parts = []
@@ -189,9 +211,14 @@ class Layout:
         return values.index_select(-3, self.index[-2 * self.kept : self.index.shape[0] - self.kept]).mT
 
     def permute(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Layout":
-        """The layout whose block row i is row rows[i] of this one, and block column j is columns[j]. Whole blocks only: ValueError where an edge block would move."""
+        """The layout whose block row i is row rows[i] of this one, and block column j is columns[j]. Whole blocks only: ValueError where an edge block
+        would move.
+        """
         mask = self.mask
-        for name, order, axis, size, block, length in (("rows", rows, -2, self.grid[0], self.block[0], self.shape[0]), ("columns", columns, -1, self.grid[1], self.block[1], self.shape[1])):
+        for name, order, axis, size, block, length in (
+            ("rows", rows, -2, self.grid[0], self.block[0], self.shape[0]),
+            ("columns", columns, -1, self.grid[1], self.block[1], self.shape[1]),
+        ):
             if order is None:
                 continue
             if order.ndim != 1 or order.shape[0] != size or not torch.equal(order.sort().values, torch.arange(size, device=order.device)):

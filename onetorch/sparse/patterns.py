@@ -1,12 +1,16 @@
 """Named layouts, and a report of what a layout connects.
 
-Weights: `dense`, `random`, `balanced_random`, `barabasi_albert`, `watts_strogatz`, `watts_strogatz_2d`, `banded`, `block_diagonal`, `butterfly`. They take the matrix in elements
-(rows = outputs, columns = inputs, as nn.Linear) and the block; `density`, `degree` and `width` count blocks. Random ones take a torch.Generator.
-Attention: `causal`, `local`, `strided`, `fixed`, `dilated`, `global_tokens`, `document`, `prefix_lm`, `axial`, `neighbourhood_2d`. They take the sequence and all other sizes in tokens,
-keep every block that holds an allowed pair of (query, key), and say so: what is cut out inside a block is the element mask's and `causal=True`'s work in `attention`.
+Weights: `dense`, `random`, `balanced_random`, `barabasi_albert`, `watts_strogatz`, `watts_strogatz_2d`, `banded`, `block_diagonal`, `butterfly`.
+They take the matrix in elements (rows = outputs, columns = inputs, as nn.Linear) and the block; `density`, `degree` and `width` count blocks.
+Random ones take a torch.Generator.
 
-The small-world and scale-free weights follow openai/blocksparse's examples (Gray, Radford, Kingma: GPU Kernels for Block-Sparse Weights, 2017), the strided and fixed
-patterns Child, Gray, Radford, Sutskever: Generating Long Sequences with Sparse Transformers, 2019, the butterfly Dao et al.: Pixelated Butterfly, 2021.
+Attention: `causal`, `local`, `strided`, `fixed`, `dilated`, `global_tokens`, `document`, `prefix_lm`, `axial`, `neighbourhood_2d`. They take the
+sequence and all other sizes in tokens and keep every block that holds an allowed pair of query and key. What a block holds besides is for
+`causal`, `groups` and `mask` of `attention` to cut out.
+
+The small-world and scale-free weights follow openai/blocksparse's examples (Gray, Radford, Kingma: GPU Kernels for Block-Sparse Weights, 2017), the
+strided and fixed patterns Child, Gray, Radford, Sutskever: Generating Long Sequences with Sparse Transformers, 2019, the butterfly Dao et al.:
+Pixelated Butterfly, 2021.
 """
 
 from collections.abc import Callable
@@ -24,8 +28,8 @@ def report(layout: Layout, most: int = 64) -> dict[str, float | int | None]:
 
     density       kept blocks over all blocks
     row_min, row_max, column_min, column_max      kept blocks in a block row and in a block column (over all heads)
-    mixing        how many layers of this layout until every input reaches every output; None where they never do. A matrix that is not square alternates with its transpose,
-                  as the two halves of an MLP block do. Of several heads, each layer uses the union.
+    mixing        how many layers of this layout until every input reaches every output; None where they never do. A matrix that is not square
+                  alternates with its transpose, as the two halves of an MLP block do. Of several heads, each layer uses the union.
     """
     mask = layout.mask if layout.heads is None else layout.mask.any(0)
     per_row, per_column = layout.mask.sum(-1), layout.mask.sum(-2)
@@ -68,7 +72,7 @@ def _between(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name}: expected a value in {low}..{high}, got {value}")
 
 
-# Weights ------------------------------------------------------------------------------------------------------------------------------------------------------------------------
+# Weights --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def dense(shape: Size, block: Size) -> Layout:
@@ -88,7 +92,8 @@ def random(shape: Size, block: Size, density: float, generator: torch.Generator 
 def balanced_random(shape: Size, block: Size, density: float, generator: torch.Generator | None = None, rounds: int = 32) -> Layout:
     """The same number of blocks in every row, round(density C), and the same number in every column to within one.
 
-    Starts from consecutive runs that go round the columns, and shuffles by the curveball trade (Strona et al. 2014): random pairs of rows redistribute between them the
+    Starts from consecutive runs that go round the columns, and shuffles by the curveball trade (Strona et al. 2014): random pairs of rows redistribute
+    between them the
     columns that only one of the two holds, `rounds` times over all rows.
     """
     _between("density", density, 0, 1)
@@ -108,7 +113,9 @@ def balanced_random(shape: Size, block: Size, density: float, generator: torch.G
 
 
 def barabasi_albert(shape: Size, block: Size, degree: int, generator: torch.Generator | None = None) -> Layout:
-    """Scale-free: nodes arrive one by one and link to `degree` earlier ones, a node as likely as it has links (Barabasi, Albert 1999). Symmetric, with the diagonal and a dense core of the first `degree`."""
+    """Scale-free: nodes arrive one by one and link to `degree` earlier ones, a node as likely as it has links (Barabasi, Albert 1999). Symmetric, with
+    the diagonal and a dense core of the first `degree`.
+    """
     n = _square("barabasi_albert", shape, block)
     _between("degree", degree, 1, n)
     mask = torch.eye(n, dtype=torch.bool)
@@ -140,7 +147,9 @@ def _rewire(mask: Tensor, p: float, generator: torch.Generator | None) -> Tensor
 
 
 def watts_strogatz(shape: Size, block: Size, degree: int, p: float = 0.2, generator: torch.Generator | None = None) -> Layout:
-    """Small world on a ring: each node linked to its `degree` (even) nearest, each link rewired with probability p (Watts, Strogatz 1998). Symmetric, with the diagonal."""
+    """Small world on a ring: each node linked to its `degree` (even) nearest, each link rewired with probability p (Watts, Strogatz 1998). Symmetric,
+    with the diagonal.
+    """
     n = _square("watts_strogatz", shape, block)
     _between("p", p, 0, 1)
     if degree % 2 or not 2 <= degree < n:
@@ -151,7 +160,9 @@ def watts_strogatz(shape: Size, block: Size, degree: int, p: float = 0.2, genera
 
 
 def watts_strogatz_2d(shape: Size, block: Size, degree: int, p: float = 0.2, generator: torch.Generator | None = None) -> Layout:
-    """Small world on a torus of a x b nodes, a and b the most even factors: each node linked to at least its `degree` nearest (all at the last distance are taken), then rewired."""
+    """Small world on a torus of a x b nodes, a and b the most even factors: each node linked to at least its `degree` nearest (all at the last distance
+    are taken), then rewired.
+    """
     n = _square("watts_strogatz_2d", shape, block)
     _between("p", p, 0, 1)
     _between("degree", degree, 1, n - 1)
@@ -183,23 +194,27 @@ def block_diagonal(shape: Size, block: Size, groups: int) -> Layout:
 
 
 def butterfly(shape: Size, block: Size, stride: int | None = None) -> Layout:
-    """Flat block butterfly: the diagonal and the blocks whose row and column differ in one bit, up to `stride` (a power of two; left out: all). log2 n + 1 blocks a row; mixes in log2 n layers."""
+    """Flat block butterfly: the diagonal and the blocks whose row and column differ in one bit, up to `stride` (a power of two; left out: all). log2 n +
+    1 blocks a row; mixes in log2 n layers.
+    """
     R, C = _grid(shape, block)
-    n = max(R, C)
+    n = min(R, C)
     if stride is not None and (stride < 1 or stride & (stride - 1)):
         raise ValueError(f"stride: expected a power of two, got {stride}")
-    row, column = (torch.arange(R)[:, None], torch.arange(C)[None]) if R == C else (torch.arange(R)[:, None] * n // R, torch.arange(C)[None] * n // C)
+    row, column = torch.arange(R)[:, None] * n // R, torch.arange(C)[None] * n // C  # a matrix that is not square stretches the smaller square
     differ = row ^ column
     return Layout.from_mask((differ & (differ - 1) == 0) & (differ <= (stride or n)), block, shape)
 
 
-# Attention ----------------------------------------------------------------------------------------------------------------------------------------------------------------------
+# Attention ------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _attention(sequence: int, block: Size, allowed: Callable[[Tensor, Tensor], Tensor], heads: int | None = None) -> Layout:
-    """Keep the blocks that hold a pair (query i, key j) with allowed(i (S, 1), j (1, S)); with `heads` it gives (heads, S, S). One block row at a time, so that memory stays O(block S)."""
+    """Keep the blocks that hold a pair (query i, key j) with allowed(i (S, 1), j (1, S)); with `heads` it gives (heads, S, S). One block row at a time,
+    so that memory stays O(block S).
+    """
     br, bc = _pair("block", block)
-    R, C = _grid(sequence, block)
+    C = _grid(sequence, block)[1]
     key = torch.arange(sequence)[None]
     rows = []
     for start in range(0, sequence, br):
@@ -229,16 +244,20 @@ def local(sequence: int, block: Size, window: int, *, causal: bool = True) -> La
 
 
 def strided_order(sequence: int, stride: int) -> Tensor:
-    """(S,) int64: the permutation of the tokens that puts those of equal position modulo `stride` together, in order. `strided` is block-diagonal in it; pass it to `attention` as `order`."""
+    """(S,) int64: the permutation of the tokens that puts those of equal position modulo `stride` together, in order. `strided` is block-diagonal in it;
+    pass it to `attention` as `order`.
+    """
     _positive(stride=stride)
     at = torch.arange(sequence)
     return (at % stride * sequence + at // stride).argsort()
 
 
 def strided(sequence: int, block: Size, stride: int, *, causal: bool = True) -> Layout:
-    """The keys whose distance to the query is a multiple of `stride`, in the token order of `strided_order(sequence, stride)`: a group of S / stride tokens sees itself.
+    """The keys whose distance to the query is a multiple of `stride`, in the token order of `strided_order(sequence, stride)`: a group of S / stride
+    tokens sees itself.
 
-    In the natural order 2 % of the elements touch most of the blocks; in this order they are S / stride / block of them. Groups that do not fill whole blocks share a block at
+    In the natural order 2 % of the elements touch most of the blocks; in this order they are S / stride / block of them. Groups that do not fill whole
+    blocks share a block at
     their border: give `attention` `groups=strided_groups(...)` to keep them apart.
     """
     order = strided_order(sequence, stride)
@@ -253,7 +272,8 @@ def strided_groups(sequence: int, stride: int) -> Tensor:
 def fixed(sequence: int, block: Size, stride: int, summary: int, heads: int | None = None, *, causal: bool = True) -> Layout:
     """The query's own segment of `stride` tokens, and the last `summary` tokens of every segment.
 
-    With `heads`, head h summarises through positions stride - (h % n + 1) summary ... of each segment, n = stride // summary: distinct summaries per head, as in the Sparse Transformer.
+    With `heads`, head h summarises through positions stride - (h % n + 1) summary ... of each segment, n = stride // summary: distinct summaries per
+    head, as in the Sparse Transformer.
     """
     _positive(stride=stride, summary=summary)
     _between("summary", summary, 1, stride)

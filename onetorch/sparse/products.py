@@ -4,9 +4,9 @@
     dds(dense, values, layout)    (..., M, R) @ (R, C) sparse     -> (..., M, C)
     sdd(a, b, layout)             (..., R, K) @ (..., K, C), only at the kept blocks -> values (..., kept, br, bc)
 
-float64, float32, bfloat16 and float16; sums are carried in float32 at least. What stands in unused blocks of a dense operand is never read, so a NaN there has no effect;
-nor is what stands in a block's values beyond the edge of the matrix. Results are bit-identical from call to call on the CPU with any schedule of its threads.
-On the CPU the kernels are C++ where a compiler is found (`cpu.py`); elsewhere, and on other devices, they are PyTorch's batched products over gathered blocks.
+float64, float32, bfloat16 and float16; sums are carried in float32 at least. What stands in unused blocks of a dense operand is never read, so a NaN
+there has no effect; nor is what stands in a block's values beyond the edge of the matrix. On the CPU results are bit-identical from call to call.
+There the kernels are C++ where a compiler is found (`cpu.py`); elsewhere, and on other devices, they are PyTorch's batched products of gathered blocks.
 Each is differentiable any number of times: the derivatives are these same products.
 """
 
@@ -21,7 +21,7 @@ from onetorch.sparse.layout import Layout
 DTYPES = tuple(cpu.DTYPES)
 
 
-# The operators. Canonical shapes: dense (G, H, M, K), values (1 or G, kept, br, bc), where G counts the batch and H the heads of the layout. ---------------------------------------
+# The operators. Canonical shapes: dense (G, H, M, K), values (1 or G, kept, br, bc), where G counts the batch and H the heads of the layout. --------
 
 
 def _native(x: Tensor) -> bool:
@@ -62,9 +62,11 @@ def _inside(index: Tensor, H: int, grid: tuple[int, int], block: tuple[int, int]
 
 @torch.library.custom_op("onetorch_sparse::dds", mutates_args=())
 def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
-    """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's last size, is added."""
-    G, H, M, K = x.shape
-    block = values.shape[2:]
+    """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's
+    last size, is added.
+    """
+    G, H, M, _K = x.shape
+    block = (values.shape[2], values.shape[3])
     grid = _grid(rows, columns, block)
     if _native(x):
         return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
@@ -83,7 +85,7 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
 @torch.library.custom_op("onetorch_sparse::sdd", mutates_args=())
 def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
     """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or the sum over G as (1, kept, br, bc)."""
-    G, H, M, K = a.shape
+    _G, H, M, _K = a.shape
     block = (block_rows, block_columns)
     grid = _grid(M, b.shape[3], block)
     if _native(a):
@@ -146,7 +148,7 @@ _dds.register_autograd(_dds_backward, setup_context=_dds_setup)
 _sdd.register_autograd(_sdd_backward, setup_context=_sdd_setup)
 
 
-# The public functions: what may come in, and its canonical shape. ---------------------------------------------------------------------------------------------------------------
+# The public functions: what may come in, and its canonical shape. -----------------------------------------------------------------------------------
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -203,7 +205,8 @@ def _canonical(x: Tensor, layout: Layout) -> Tensor:
 def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool = False, transpose_sparse: bool = False, bias: Tensor | None = None) -> Tensor:
     """dense (..., [heads,] M, R) @ sparse (R, C) -> (..., [heads,] M, C), plus `bias` (C,).
 
-    values (kept, br, bc) for all of the batch, or (..., kept, br, bc) with the leading dimensions of `dense`, one set each. `transpose_dense` takes dense as (..., R, M);
+    values (kept, br, bc) for all of the batch, or (..., kept, br, bc) with the leading dimensions of `dense`, one set each. `transpose_dense` takes dense
+    as (..., R, M);
     `transpose_sparse` multiplies by the transposed matrix, dense (..., M, C) -> (..., M, R). ValueError names the argument that does not fit.
     """
     _check_layout(layout)
@@ -229,7 +232,10 @@ def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool 
     else:
         if values.shape[:-3] != lead:
             raise ValueError(f"values: expected no leading dimensions or {tuple(lead)} as dense has, got {tuple(values.shape)}")
-        blocks, canonical = values.reshape(-1, *layout.values_shape) if values.numel() else values.new_zeros(prod(lead), *layout.values_shape), _canonical(x, layout)
+        blocks, canonical = (
+            values.reshape(-1, *layout.values_shape) if values.numel() else values.new_zeros(prod(lead), *layout.values_shape),
+            _canonical(x, layout),
+        )
     y = _dds(canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
     return y.reshape(*x.shape[:-1], outer)
 
