@@ -75,8 +75,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, br: int, bc: int,
     total = torch.zeros_like(lines).scatter_add(1, place, exps.sum(3))
     lse = top + total.log()
     p = exps / total[:, rows, :, None].clamp_min(torch.finfo(kind).tiny)
-    out = _dds(values.mT, p, index, None, S, k.shape[2], True).mT.reshape(B, H, S, -1)
-    return out.to(q.dtype).contiguous(), lse.reshape(B, H, -1)[:, :, :S].contiguous()
+    out = _dds(values.mT, p, index, None, S, k.shape[2], True).mT.reshape(B, H, S, v.shape[3])
+    return out.to(q.dtype).contiguous(), lse.reshape(B, H, grid[0] * br)[:, :, :S].contiguous()
 
 
 @torch.library.custom_op("onetorch_sparse::attention_backward", mutates_args=())
@@ -96,7 +96,7 @@ def _attention_backward(
     scores, rows = _scores(q.to(kind), keys, index, block, heads, scale, causal, position, group, padding, mask)
 
     def lines(x: Tensor) -> Tensor:  # (B, H, S) -> (G, kept, br, 1)
-        x = torch.nn.functional.pad(x, (0, grid[0] * br - S)).reshape(-1, heads * grid[0], br)
+        x = torch.nn.functional.pad(x, (0, grid[0] * br - S)).reshape(B * H // heads, heads * grid[0], br)
         return x[:, rows, :, None]
 
     p = (scores - lines(lse.masked_fill(lse == -torch.inf, torch.inf))).exp()
@@ -108,7 +108,7 @@ def _attention_backward(
     dq = _dds(_by_layout(keys, heads).mT, ds, index, None, S, Sk, True).mT.reshape(q.shape)
     dk = _dds(_by_layout(q.to(kind), heads).mT, ds, index, None, S, Sk, False).mT
     dv = _dds(_by_layout(grad.to(kind), heads).mT, p, index, None, S, Sk, False).mT
-    dk, dv = (t.reshape(B, Hk, H // Hk, Sk, -1).sum(2) for t in (dk, dv))
+    dk, dv = (t.reshape(B, Hk, H // Hk, Sk, t.shape[-1]).sum(2) for t in (dk, dv))
     return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
 
 
@@ -203,7 +203,7 @@ def attention(
     if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool or mask.device != q.device):
         raise ValueError(f"mask: expected {layout.values_shape} bool on {q.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
     for name, tokens in (("groups", groups), ("order", order)):
-        if tokens is not None and (S != Sk or list(tokens.shape) != [S] or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
+        if tokens is not None and (Sk != S or list(tokens.shape) != [S] or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
             raise ValueError(
                 f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             )

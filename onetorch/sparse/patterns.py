@@ -257,16 +257,16 @@ def strided(sequence: int, block: Size, stride: int, *, causal: bool = True) -> 
     tokens sees itself.
 
     In the natural order 2 % of the elements touch most of the blocks; in this order they are S / stride / block of them. Groups that do not fill whole
-    blocks share a block at
-    their border: give `attention` `groups=strided_groups(...)` to keep them apart.
+    blocks share a block at their border: give `attention` `groups=strided_groups(...)` to keep them apart.
     """
     order = strided_order(sequence, stride)
     return _attention(sequence, block, lambda i, j: (order[i] % stride == order[j] % stride) & ((order[j] <= order[i]) if causal else True))
 
 
 def strided_groups(sequence: int, stride: int) -> Tensor:
-    """(S,) int64: the group of each token in the order of `strided_order`; tokens of different groups do not see each other."""
-    return strided_order(sequence, stride) % stride
+    """(S,) int64: the group of each token, for `attention`'s `groups`: tokens of different groups do not see each other."""
+    _positive(stride=stride)
+    return torch.arange(sequence) % stride
 
 
 def fixed(sequence: int, block: Size, stride: int, summary: int, heads: int | None = None, *, causal: bool = True) -> Layout:

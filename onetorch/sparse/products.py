@@ -60,16 +60,10 @@ def _inside(index: Tensor, H: int, grid: tuple[int, int], block: tuple[int, int]
     return (row < rows)[:, :, None] & (column < columns)[:, None, :]
 
 
-@torch.library.custom_op("onetorch_sparse::dds", mutates_args=())
-def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
-    """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's
-    last size, is added.
-    """
+def _dds_pytorch(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
     G, H, M, _K = x.shape
     block = (values.shape[2], values.shape[3])
     grid = _grid(rows, columns, block)
-    if _native(x):
-        return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     at, to = _kept_blocks(index, H, grid)
     blocks = values.to(_accumulator(x.dtype))
     if (inside := _inside(index, H, grid, block, rows, columns)) is not None:
@@ -77,9 +71,25 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
     if transpose:
         at, to, grid, block, blocks, columns = to, at, grid[::-1], block[::-1], blocks.mT, rows
     taken = _blocks_of(x.to(blocks.dtype), grid[0], block[0], 3)[:, at]  # (G, kept, M, block)
-    sums = blocks.new_zeros(G, H * grid[1], M, block[1]).index_put((torch.arange(G, device=x.device)[:, None], to[None]), taken @ blocks, accumulate=True)
-    y = sums.unflatten(1, (H, grid[1])).transpose(2, 3).reshape(G, H, M, -1)[..., :columns]
+    sums = blocks.new_zeros(G, H * grid[1], M, block[1])
+    if x.device.type == "cpu":  # each device's accumulation that keeps one order
+        sums.index_add_(1, to, taken @ blocks)
+    else:
+        sums.index_put_((torch.arange(G, device=x.device)[:, None], to[None]), taken @ blocks, accumulate=True)
+    y = sums.unflatten(1, (H, grid[1])).transpose(2, 3).reshape(G, H, M, grid[1] * block[1])[..., :columns]
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("onetorch_sparse::dds", mutates_args=())
+def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
+    """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's
+    last size, is added.
+    """
+    grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
+    if _native(x):
+        return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
+    with torch.autocast(x.device.type, enabled=False):
+        return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
 
 
 @torch.library.custom_op("onetorch_sparse::sdd", mutates_args=())
@@ -92,7 +102,10 @@ def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: in
         return cpu.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
     kind = _accumulator(a.dtype)
-    values = _blocks_of(a.to(kind), grid[0], block[0], 2)[:, rows] @ _blocks_of(b.to(kind), grid[1], block[1], 3)[:, columns]
+    with torch.autocast(a.device.type, enabled=False):
+        values = _blocks_of(a.to(kind), grid[0], block[0], 2)[:, rows] @ _blocks_of(b.to(kind), grid[1], block[1], 3)[:, columns]
+    if (inside := _inside(index, H, grid, block, M, b.shape[3])) is not None:
+        values = values.masked_fill(~inside, 0.0)  # an infinity times the padding would be NaN
     return (values.sum(0, keepdim=True) if reduce else values).to(a.dtype)
 
 
@@ -232,10 +245,7 @@ def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool 
     else:
         if values.shape[:-3] != lead:
             raise ValueError(f"values: expected no leading dimensions or {tuple(lead)} as dense has, got {tuple(values.shape)}")
-        blocks, canonical = (
-            values.reshape(-1, *layout.values_shape) if values.numel() else values.new_zeros(prod(lead), *layout.values_shape),
-            _canonical(x, layout),
-        )
+        blocks, canonical = values.reshape(prod(lead), *layout.values_shape), _canonical(x, layout)
     y = _dds(canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
     return y.reshape(*x.shape[:-1], outer)
 

@@ -110,6 +110,9 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
             }
           }
         }
+      const int64_t rows_in = std::min(block_m, M - r * block_m), columns_in = std::min(block_n, N - c * block_n);
+      if (rows_in < block_m || columns_in < block_n)  // an infinity times the padding would be NaN
+        for (int64_t i = 0; i < block_m; i++) std::fill(sums + i * block_n + (i < rows_in ? columns_in : 0), sums + (i + 1) * block_n, Acc(0));
       for (int64_t i = 0; i < block_m * block_n; i++) narrow(sums[i], o[i]);
     }
   }
