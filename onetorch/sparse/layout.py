@@ -1,9 +1,9 @@
 """Which blocks of a matrix are kept: an immutable set, with the index and the transposed index that every product needs.
 
-    mask = torch.rand(64, 64) < 0.1
-    layout = Layout.from_mask(mask, block=32)          # a 2048 x 2048 matrix in blocks of 32 x 32
-    values = torch.randn(layout.kept, 32, 32)          # the kept blocks, in row-major order of the blocks
-    layout.to_dense(values)                            # (2048, 2048), zeros where no block is kept
+mask = torch.rand(64, 64) < 0.1
+layout = Layout.from_mask(mask, block=32)          # a 2048 x 2048 matrix in blocks of 32 x 32
+values = torch.randn(layout.kept, 32, 32)          # the kept blocks, in row-major order of the blocks
+layout.to_dense(values)                            # (2048, 2048), zeros where no block is kept
 """
 
 from dataclasses import dataclass
