@@ -108,6 +108,11 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def _threads(multiplications: int) -> int:
+    """Torch's threads, but no more than the work is worth: waking one costs as much as a million multiplications. The results do not depend on it."""
+    return max(1, min(torch.get_num_threads(), multiplications // 1_000_000))
+
+
 def _check(status: int) -> None:
     if status == 1:
         raise MemoryError("onetorch.sparse: no memory left for the packed operands")
@@ -144,7 +149,7 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
     _check(
         lib.onetorch_dds(
             DTYPES[x.dtype], x.data_ptr(), _longs(*x.shape), _longs(*x.stride()), values.data_ptr(), per_batch, *block, *stride,
-            offsets, rows, order, *size, bias_at, y.data_ptr(), columns, torch.get_num_threads(),
+            offsets, rows, order, *size, bias_at, y.data_ptr(), columns, _threads(G * M * values[0].numel()),
         )
     )  # fmt: skip
     return y
@@ -166,7 +171,7 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
     _check(
         lib.onetorch_sdd(
             DTYPES[a.dtype], a.data_ptr(), b.data_ptr(), _longs(G, H, M, b.shape[3], K), _longs(*a.stride()), _longs(*b.stride()), *block,
-            rows, columns, kept, R, C, int(reduce), out.data_ptr(), torch.get_num_threads(),
+            rows, columns, kept, R, C, int(reduce), out.data_ptr(), _threads(G * K * kept * block[0] * block[1]),
         )
     )  # fmt: skip
     return out
@@ -207,6 +212,12 @@ def _attention_arguments(
     )
 
 
+def _attention_threads(q: Tensor, k: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], heads: int, *_: object) -> int:
+    B, H, _S, D = q.shape
+    kept = (index.shape[0] - heads * sum(grid) - 2) // 4
+    return _threads(B * H // heads * kept * block[0] * block[1] * 2 * D)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """-> (B, H, S, Dv) and the log-sum-exp (B, H, S). q, k and v have a contiguous last dimension; see csrc/attention.cpp."""
     lib = library()
@@ -214,7 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tens
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if lse.numel():
-        _check(lib.onetorch_attention(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), torch.get_num_threads()))
+        _check(lib.onetorch_attention(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _attention_threads(q, k, *arguments)))
     return out, lse
 
 
@@ -228,7 +239,7 @@ def attention_backward(
         gradients = [t.data_ptr() for t in (grad, dq, dk, dv)]
         _check(
             lib.onetorch_attention_backward(
-                *_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _pointer(grad_lse), *gradients, torch.get_num_threads()
+                *_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _pointer(grad_lse), *gradients, _attention_threads(q, k, *arguments)
             )
         )
     return dq, dk, dv

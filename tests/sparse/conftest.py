@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from onetorch.sparse import cpu
 
@@ -11,3 +12,12 @@ def path(request, monkeypatch):
     elif cpu.library() is None:
         pytest.skip("no C++ compiler on this machine")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The checks are small; on a shared machine threads that wait for each other make them ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
