@@ -12,6 +12,71 @@ namespace {
 // The kept blocks of one side: block column c of head h owns entries offsets[h * cols + c] ... of `rows` (its block rows, counted over all heads) and `order` (where its values stand).
 struct Side { const int32_t *offsets, *rows, *order; int64_t R, C; };  // order null: in place
 
+template <class Acc, int VW> inline vec<Acc, VW> dot(vec<Acc, VW> c, vec<Acc, VW> a, vec<Acc, VW> b) { return c + a * b; }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+template <class Acc, int VW> inline vec<float, VW> dot(vec<float, VW> c, vec<uint32_t, VW> a, vec<uint32_t, VW> b) {
+  if constexpr (VW == 16) return (vec<float, VW>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  else return (vec<float, VW>)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b);
+}
+#endif
+
+// At most eight rows of X against the transposed matrix of whole blocks: the time is that of reading the values, so they are read once, where they stand.
+template <class T, int VW, int TOKENS, int LINES>
+void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  constexpr int step = VW * Mode<T>::P;
+  Buffer<T> X(TOKENS * K);
+  for (int64_t t = 0; t < TOKENS; t++)
+    for (int64_t k = 0; k < K; k++) X.data[t * K + k] = t < M ? x[t * xm + k * xk] : T{};
+  PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
+  for (int64_t c = 0; c < side.C; c++) {
+    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
+    for (int64_t line = 0; line < bn; line += LINES) {
+      vec<Acc, VW> acc[LINES][TOKENS];
+      UNROLL for (int i = 0; i < LINES; i++) { UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = vec<Acc, VW>{}; }
+      for (int64_t t = 0; t < n; t++) {
+        const T *values = w + ((first + t) * bn + line) * bk, *tokens = X.data + side.rows[first + t] * bk;
+        for (int64_t k = 0; k < bk; k += step) {
+          vec<U, VW> v[TOKENS];
+          UNROLL for (int j = 0; j < TOKENS; j++) v[j] = load<vec<U, VW>>(tokens + j * K + k);
+          UNROLL for (int i = 0; i < LINES; i++) {
+            __builtin_prefetch(values + (bn + i) * bk + k);  // the same place of the next block
+            const vec<U, VW> u = load<vec<U, VW>>(values + i * bk + k);
+            UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], u, v[j]);
+          }
+        }
+      }
+      for (int i = 0; i < LINES; i++)
+        for (int j = 0; j < std::min<int>(TOKENS, M); j++) {
+          Acc sum = bias ? Acc(widen(bias[c * bn + line + i])) : Acc(0);
+          for (int e = 0; e < VW; e++) sum += acc[i][j][e];
+          narrow(sum, y[j * N + c * bn + line + i]);
+        }
+    }
+  }
+}
+
+// Takes the problem if it is one for `few`.
+template <class T>
+bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, int64_t wk, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using E = typename Mode<T>::E;
+  if constexpr (std::is_same<T, E>::value) {
+    constexpr int full = kVectorBytes / int(sizeof(typename Mode<T>::Acc)), P = Mode<T>::P;
+    if (G != 1 || H != 1 || M > 8 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
+    auto run = [&](auto width) {
+      constexpr int VW = width();
+      if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else if (M == 2) few<T, VW, 2, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else if (M <= 4) few<T, VW, 4, 4>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else few<T, VW, 8, 2>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      return true;
+    };
+    if (bk % (full * P) == 0) return run(std::integral_constant<int, full>{});
+    if constexpr (full > 8) { if (bk % (8 * P) == 0) return run(std::integral_constant<int, 8>{}); }
+  }
+  return false;
+}
+
 template <class T, int VW, int NV>
 void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int64_t xh, int64_t xm, int64_t xk,
          const T* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn, Side side, const T* bias, T* y, int64_t N, int threads) {
@@ -41,6 +106,7 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
       const int32_t* rows = side.rows + first;
       const int64_t base = gh % H * side.R;
       const T* values = w + gh / H * wg;
+      const bool sparse = 4 * n <= side.R;
       for (int64_t strip = 0; strip < bn; strip += NR) {
         const int64_t n0 = c * bn + strip, valid = N - n0;
         if (valid <= 0) break;
@@ -54,6 +120,14 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
             T* out = y + (gh * M + tile * MR) * N + n0;
             Acc* partial = sums + (tile - begin) * MR * NR;
             const int64_t left = M - tile * MR;
+            if (sparse && tile + 1 < end)  // few blocks far apart: the hardware does not foresee where the next tile is read
+              for (int64_t t = 0; t < std::min(slice, n - t0); t++) {
+                const char* next = reinterpret_cast<const char*>(xp) + (padded + (rows[t0 + t] - base) * bk) * MR * sizeof(E);
+                for (int64_t e = 0; e < int64_t(bk * MR * sizeof(E)); e += 64) __builtin_prefetch(next + e, 0, 2);
+              }
+            if (last)  // the lines to be written arrive while the products run
+              for (int64_t i = 0; i < std::min<int64_t>(MR, left); i++)
+                for (int64_t e = 0; e < NR; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + i * N + e, 1);
             micro<U, Acc, VW, MR, NV, kChunk / P>(
                 std::min(slice, n - t0), bk / P, t0 ? partial : nullptr, NR,
                 [&](int64_t t, const U*& a, const U*& b) { a = xp + (rows[t0 + t] - base) * (bk / P * MR); b = wp + t * (bk / P * NR); },
@@ -125,6 +199,8 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
                  const int32_t* offsets, const int32_t* rows, const int32_t* order, int64_t R, int64_t C, const void* bias, void* y, int64_t N, int threads) {
   return dispatch(dtype, [&](auto type) {
     using T = decltype(type);
+    if (try_few<T>(static_cast<const T*>(x), xsize[0], xsize[1], xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, wk, Side{offsets, rows, order, R, C},
+                   static_cast<const T*>(bias), static_cast<T*>(y), N, threads)) return;
     widths<T>(bn, [&](auto vw, auto nv) {
       dds<T, vw(), nv()>(static_cast<const T*>(x), xsize[0], xsize[1], xsize[2], xsize[3], xstride[0], xstride[1], xstride[2], xstride[3],
                          static_cast<const T*>(w), wg, bk, bn, wk, wn, Side{offsets, rows, order, R, C}, static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
