@@ -23,7 +23,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SOURCE = Path(__file__).parent / "csrc"
 # -ffp-contract=fast lets a multiply and an add become one fused instruction, which is what the kernels are built on; nothing else is allowed to change a result
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC")
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=fast", "-fPIC")
 
 
 def _cpu_features() -> str:

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from onetorch.sparse import cpu
+from onetorch.sparse import costs, cpu
 from onetorch.sparse.layout import Layout
 
 DTYPES = tuple(cpu.DTYPES)
@@ -87,6 +87,10 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
     """
     grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
     if _native(x):
+        if costs.dense_is_faster(x, values, index, rows, columns):
+            y = costs.dense_dds(x, values, index, bias, grid, transpose)
+            if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
+                return y
         return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     with torch.autocast(x.device.type, enabled=False):
         return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
