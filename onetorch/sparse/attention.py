@@ -170,7 +170,8 @@ def attention(
                   `key_padding` and `groups` mean natural places; the layout and `mask` are in the new order. See `patterns.strided_order`.
     return_lse    also return the log-sum-exp of the scores, (B, H, S), float32 at least; differentiable
 
-    A query that may see nothing gets zeros, and -inf for its log-sum-exp. Keys and values of blocks that are not kept are never read. Differentiable once.
+    A query that may see nothing gets zeros, and -inf for its log-sum-exp. Keys and values of blocks that are not kept, or that `key_padding` excludes, are
+    never read; a NaN that `causal`, `groups` or `mask` excludes inside a kept block does reach the output. Differentiable once.
     ValueError names the argument that does not fit.
     """
     _check_layout(layout)
@@ -207,8 +208,12 @@ def attention(
             raise ValueError(
                 f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
             )
+    if key_padding is not None:  # what stands where no key exists must not matter, not even a NaN
+        k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
     position = None
     if order is not None:
+        if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, torch.arange(S, dtype=order.dtype, device=order.device)):
+            raise ValueError(f"order: expected a permutation of 0..{S - 1}")
         q, k, v = (t.index_select(2, order) for t in (q, k, v))
         key_padding = None if key_padding is None else key_padding.index_select(1, order)
         groups = None if groups is None else groups.index_select(0, order)

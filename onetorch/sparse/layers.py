@@ -140,7 +140,7 @@ def to_bsr(values: Tensor, layout: Layout) -> Tensor:
     if layout.heads is not None or layout.shape[0] % layout.block[0] or layout.shape[1] % layout.block[1]:
         raise ValueError(f"layout: BSR needs one matrix of whole blocks, got {layout!r}")
     R, C = layout.grid
-    return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape)
+    return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape, check_invariants=False)
 
 
 def from_bsr(tensor: Tensor) -> tuple[Tensor, Layout]:

@@ -165,6 +165,40 @@ _dds.register_autograd(_dds_backward, setup_context=_dds_setup)
 _sdd.register_autograd(_sdd_backward, setup_context=_sdd_setup)
 
 
+
+# Under torch.func.vmap the new dimension joins G.
+
+
+def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The vmapped dimension first; where there is none, expanded."""
+    return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+
+
+@_dds.register_vmap
+def _(info, dims, x, values, index, bias, rows, columns, transpose):
+    size = info.batch_size
+    if dims[2] is not None:
+        raise ValueError("layout: expected the same layout for every element of vmap")
+    x = _front(x, dims[0], size)  # (size, G, H, M, K)
+    G = x.shape[1]
+    if dims[1] is not None or values.shape[0] > 1:
+        values = _front(values, dims[1], size)
+        values = values.expand(size, G, *values.shape[2:]).flatten(0, 1)
+    y = _dds(x.flatten(0, 1), values, index, bias if dims[3] is None else None, rows, columns, transpose).unflatten(0, (size, G))
+    if dims[3] is not None:
+        y = y + bias.movedim(dims[3], 0)[:, None, None, None, :]
+    return y, 0
+
+
+@_sdd.register_vmap
+def _(info, dims, a, b, index, block_rows, block_columns, reduce):
+    if dims[2] is not None:
+        raise ValueError("layout: expected the same layout for every element of vmap")
+    a, b = _front(a, dims[0], info.batch_size), _front(b, dims[1], info.batch_size)
+    values = _sdd(a.flatten(0, 1), b.flatten(0, 1), index, block_rows, block_columns, False).unflatten(0, a.shape[:2])
+    return values.sum(1, keepdim=True) if reduce else values, 0
+
+
 # The public functions: what may come in, and its canonical shape. -----------------------------------------------------------------------------------
 
 

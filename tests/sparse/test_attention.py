@@ -149,6 +149,21 @@ def test_blocks_that_are_not_kept_are_never_read(path):
     assert bool(got[:, :, 16:32].isnan().all())
 
 
+def test_padding_may_hold_anything(path):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 40, 8, generator=g) for _ in range(3))
+    exists = torch.arange(40) < torch.tensor([[40], [21]])
+    layout = patterns.dense(40, 16)
+    want = attention(q, k, v, layout, key_padding=exists)
+    k[1, :, 21:], v[1, :, 21:] = torch.inf, torch.nan
+    k, v = k.requires_grad_(), v.requires_grad_()
+    got = attention(q, k, v, layout, key_padding=exists)
+    assert torch.equal(got, want)
+    for gradient in torch.autograd.grad(got.square().sum(), (k, v)):
+        assert bool(gradient.isfinite().all())
+        assert not bool(gradient[1, :, 21:].any())
+
+
 def test_bit_identical_from_call_to_call(path):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 150, 24, generator=g, requires_grad=True) for _ in range(3))
@@ -194,6 +209,7 @@ def test_empty_and_nothing_to_see(path):
         ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
         ({"groups": torch.zeros(15, dtype=torch.int64)}, r"groups: expected \(16,\) int64"),
         ({"order": torch.zeros(16)}, r"order: expected \(16,\) int64"),
+        ({"order": torch.zeros(16, dtype=torch.int64)}, r"order: expected a permutation of 0\.\.15"),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -117,8 +117,8 @@ def test_moves_and_copies():
 def test_bsr():
     layout = patterns.random((64, 96), (16, 32), 0.4, torch.Generator().manual_seed(0))
     values = torch.randn(layout.values_shape)
-    with torch.sparse.check_sparse_tensor_invariants(True):
-        bsr = to_bsr(values, layout)
+    bsr = to_bsr(values, layout)
+    torch._validate_sparse_bsr_tensor_args(bsr.crow_indices(), bsr.col_indices(), bsr.values(), bsr.shape)
     assert torch.equal(bsr.to_dense(), layout.to_dense(values))
     again, same = from_bsr(bsr)
     assert same == layout

@@ -287,6 +287,22 @@ def test_wrong_arguments(call, message):
         call(layout, x.detach(), z.detach(), values.detach())
 
 
+def test_vmap(path):
+    """Over tokens, over values and over both."""
+    layout, x, z, values = small()
+    x, z = x.detach(), z.detach()
+    many = torch.stack([values.detach(), -2 * values.detach()])
+    bias = torch.randn(2, 24, dtype=torch.float64)
+    for got, want in (
+        (torch.vmap(lambda a: dds(a, many[0], layout))(x), [dds(a, many[0], layout) for a in x]),
+        (torch.vmap(lambda v: dds(x, v, layout))(many), [dds(x, v, layout) for v in many]),
+        (torch.vmap(lambda a, v, b: dds(a, v, layout, bias=b))(x, many, bias), [dds(a, v, layout, bias=b) for a, v, b in zip(x, many, bias, strict=True)]),
+        (torch.vmap(lambda a: dsd(many[1], a, layout, transpose_dense=True))(z), [dsd(many[1], a, layout, transpose_dense=True) for a in z]),
+        (torch.vmap(lambda a, b: sdd(a, b, layout, transpose_a=True))(x, z), [sdd(a, b, layout, transpose_a=True) for a, b in zip(x, z, strict=True)]),
+    ):
+        assert torch.allclose(got, torch.stack(want), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_tokens(path, dtype):
     """One to nine rows, which have a kernel of their own: against float64, and equal to the rows of a larger product to within rounding."""
