@@ -1,0 +1,7 @@
+"""`python -m onetorch`."""
+
+import sys
+
+from onetorch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,163 @@
+"""The speed plan: which of several equal ways to do the work is fastest on this machine, found by measuring for at most two seconds."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onetorch.runs import provenance
+from onetorch.runs.config import nearest
+from onetorch.runs.errors import UsageError
+
+BUDGET = 2.0  # seconds for all measurements of a plan
+MARGIN = 0.95  # a choice must take at most this fraction of the incumbent's time: noise shall not move a plan
+CLEAR = 1.5  # two choices this far apart after three rounds need no more of them
+
+Choice = dict[str, Any]
+Measure = Callable[[Choice], Callable[[], Any]]
+
+
+def parse(text: str) -> dict[str, str]:
+    """The choices fixed by `--plan`, still as text.
+
+    >>> parse("threads=1,dtype=bfloat16")
+    {'threads': '1', 'dtype': 'bfloat16'}
+    """
+    fixed = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"--plan: expected name=value,name=value, got {part!r}")
+        fixed[name.strip()] = value.strip()
+    return fixed
+
+
+def show(choice: Choice) -> str:
+    """The plan as `--plan` takes it."""
+    return ",".join(f"{k}={v}" for k, v in choice.items())
+
+
+def fix(dimensions: dict[str, tuple[Any, ...]], fixed: dict[str, str]) -> dict[str, tuple[Any, ...]]:
+    """`dimensions` with the fixed ones narrowed to one candidate; UsageError for a name or value that is not there."""
+    narrowed = dict(dimensions)
+    for name, text in fixed.items():
+        if name not in dimensions:
+            raise UsageError(f"--plan: there is no choice {name!r}{nearest(name, dimensions)}; this one has {', '.join(dimensions)}")
+        options = [v for v in dimensions[name] if str(v) == text]
+        if not options and all(type(v) is int for v in dimensions[name]) and text.isdigit() and int(text) > 0:
+            options = [int(text)]  # any number of threads or environments may be asked for, measured or not
+        if not options:
+            known = [str(v) for v in dimensions[name]]
+            raise UsageError(f"--plan: {name} is one of {', '.join(known)}, got {text!r}{nearest(text, known)}")
+        narrowed[name] = (options[0],)
+    return narrowed
+
+
+def choose(measure: Measure | None, dimensions: dict[str, tuple[Any, ...]], budget: float = BUDGET) -> tuple[Choice, float]:
+    """The fastest choice and the seconds it took to find it.
+
+    One dimension is varied at a time, the others held at the best so far; the first candidate of each is the default and stays unless another is clearly
+    faster. Candidate and incumbent run in turn and their fastest times are compared, so that a machine that slows down slows both.
+    """
+    start = time.perf_counter()
+    best: Choice = {name: candidates[0] for name, candidates in dimensions.items()}
+    if measure is None or all(len(c) == 1 for c in dimensions.values()):
+        return best, 0.0
+    slices = sum(len(c) - 1 for c in dimensions.values())
+    incumbent = _timed(measure, best)
+    for name, candidates in dimensions.items():
+        for value in candidates:
+            if value == best[name]:
+                continue
+            left = budget - (time.perf_counter() - start)
+            if left <= 0:
+                return best, time.perf_counter() - start
+            trial = {**best, name: value}
+            challenger = _timed(measure, trial)
+            if _faster(challenger, incumbent, left / max(slices, 1)):
+                best, incumbent = trial, challenger
+            slices -= 1
+    return best, time.perf_counter() - start
+
+
+def _timed(measure: Measure, choice: Choice) -> Callable[[], float]:
+    set_threads(choice)
+    work = measure(choice)
+
+    def run() -> float:
+        set_threads(choice)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], seconds: float) -> bool:
+    start = time.perf_counter()
+    warm = challenger()
+    mine, theirs = float("inf"), incumbent()
+    if warm > 20 * theirs and warm > seconds:
+        return False  # hopeless, and another trial would cost what is left for the others
+    for done in range(1, 51):
+        mine, theirs = min(mine, challenger()), min(theirs, incumbent())
+        if time.perf_counter() - start > seconds or (done >= 3 and not theirs / CLEAR < mine < theirs * CLEAR):
+            break
+    return mine < MARGIN * theirs
+
+
+def set_threads(choice: Choice) -> None:
+    """Give torch the plan's number of threads, if it has one."""
+    if "threads" in choice and torch.get_num_threads() != choice["threads"]:
+        torch.set_num_threads(choice["threads"])
+
+
+def cache_path() -> Path:
+    """Where plans are kept between runs: the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onetorch" / "plans.json"
+
+
+def cache_key(key: str, dimensions: dict[str, tuple[Any, ...]]) -> str:
+    """What a plan depends on: processor, cores, GPU, versions, the algorithm's own key and the candidates."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    parts = [provenance.processor(), provenance.cores(), gpu, torch.__version__, key, {k: [str(v) for v in c] for k, c in dimensions.items()}]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def cached(key: str, dimensions: dict[str, tuple[Any, ...]]) -> Choice | None:
+    """The plan kept under `key`, if every choice is still a candidate."""
+    try:
+        saved = json.loads(cache_path().read_bytes())[key]
+        choice = {name: next(v for v in candidates if str(v) == saved[name]) for name, candidates in dimensions.items()}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, StopIteration):
+        return None  # nothing kept, or not by this version: measuring again costs two seconds
+    return choice
+
+
+def keep(key: str, choice: Choice) -> str | None:
+    """Keep a plan for the next run; returns why not where the cache folder cannot be written."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            plans = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            plans = {}
+        if not isinstance(plans, dict):
+            plans = {}
+        plans[key] = {k: str(v) for k, v in choice.items()}
+        temporary = path.with_name(f".plans.{os.getpid()}")
+        temporary.write_text(json.dumps(plans, indent=1))
+        os.replace(temporary, path)
+    except OSError as error:
+        return str(error)
+    return None
