@@ -7,7 +7,6 @@ layout.to_dense(values)                            # (2048, 2048), zeros where n
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -256,7 +255,7 @@ class Layout:
         return blocks.index_select(-3, self.rows.long() * C + self.columns.long() % C)
 
     def state(self) -> dict[str, Tensor]:
-        """The layout as tensors, for safetensors: mask uint8, block and shape int64."""
+        """The layout as tensors, as `safetensors.torch.save_file` takes them: mask uint8, block and shape int64. `from_state` is the way back."""
         return {"mask": self.mask.to(torch.uint8), "block": torch.tensor(self.block), "shape": torch.tensor(self.shape)}
 
     @staticmethod
@@ -265,15 +264,3 @@ class Layout:
             raise ValueError(f"state: expected mask, block and shape, got {sorted(state)}")
         block, shape = state["block"].tolist(), state["shape"].tolist()
         return Layout.from_mask(state["mask"] != 0, tuple(block), tuple(shape))
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state().items()}, str(path), metadata={"format": "onetorch.sparse.layout.1"})
-
-    @staticmethod
-    def load(path: str | Path, device: torch.device | str = "cpu") -> "Layout":
-        from safetensors.torch import load_file
-
-        return Layout.from_state(load_file(str(path), device=str(device)))
