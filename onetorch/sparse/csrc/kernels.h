@@ -216,10 +216,36 @@ template <class T, class E, int P> void pack_panel(E* dst, const T* src, int64_t
   }
 }
 
-template <class T> struct Buffer {  // 64-byte aligned scratch, not initialised
+// Scratch memory, 64-byte aligned, not initialised. Each thread that calls the kernels keeps its last few pieces: fresh pages cost more than what is written into them.
+struct Scratch {
+  static constexpr int kPieces = 4;
+  static constexpr size_t kLargest = size_t(1) << 28;  // larger ones go back at once
+  void* pieces[kPieces] = {};
+  size_t sizes[kPieces] = {};
+  ~Scratch() { for (void* p : pieces) std::free(p); }
+  void* take(size_t bytes, size_t& got) {
+    int best = -1;
+    for (int i = 0; i < kPieces; i++)
+      if (pieces[i] && sizes[i] >= bytes && (best < 0 || sizes[i] < sizes[best])) best = i;
+    if (best >= 0) { void* p = pieces[best]; got = sizes[best]; pieces[best] = nullptr; return p; }
+    got = bytes;
+    return std::aligned_alloc(64, bytes);
+  }
+  void give(void* p, size_t bytes) {
+    int least = 0;  // an empty place, or else the smallest piece
+    for (int i = 1; i < kPieces; i++)
+      if (pieces[least] && (!pieces[i] || sizes[i] < sizes[least])) least = i;
+    if (bytes > kLargest || (pieces[least] && sizes[least] >= bytes)) { std::free(p); return; }
+    std::free(pieces[least]);
+    pieces[least] = p, sizes[least] = bytes;
+  }
+};
+inline Scratch& scratch() { static thread_local Scratch s; return s; }
+template <class T> struct Buffer {
+  size_t bytes;
   T* data;
-  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (size_t(n) * sizeof(T) + 127) / 64 * 64))) { if (!data) throw std::bad_alloc(); }
-  ~Buffer() { std::free(data); }
+  explicit Buffer(int64_t n) : data(static_cast<T*>(scratch().take((size_t(n) * sizeof(T) + 127) / 64 * 64, bytes))) { if (!data) throw std::bad_alloc(); }
+  ~Buffer() { scratch().give(data, bytes); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 };
