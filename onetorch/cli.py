@@ -1,6 +1,8 @@
 """The command line. The only file that knows all parts; it imports torch only when there is work to do."""
 
 import dataclasses
+import importlib.util
+import keyword
 import os
 import re
 import secrets
@@ -16,7 +18,7 @@ from onetorch import __version__, recipes
 from onetorch.runs import algorithm, folder
 from onetorch.runs import config as configs
 from onetorch.runs.config import nearest
-from onetorch.runs.errors import OneTorchError, Stopped, UsageError
+from onetorch.runs.errors import OneTorchError, RunError, Stopped, UsageError
 
 HELP = """\
 onetorch: create, run and share optimized PyTorch models
@@ -74,6 +76,12 @@ def main(words: list[str] | None = None) -> int:
         # The reader of our output has gone (`onetorch list | head`); Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        import traceback
+
+        traceback.print_exception(error)  # a fault of an algorithm or of ours: where it happened matters
+        _error(f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
+        return OneTorchError.exit_code
 
 
 def _error(*lines: str) -> None:
@@ -137,6 +145,11 @@ def _only(positional: list[str], what: str, command: str) -> str:
     if len(positional) != 1:
         raise UsageError(f"{command} takes one {what}, got {' '.join(positional) or 'none'}; `onetorch {command} --help`")
     return positional[0]
+
+
+def _none(positional: list[str], command: str) -> None:
+    if positional:
+        raise UsageError(f"{command} takes no word beside it, got {' '.join(positional)}; `onetorch {command} --help`")
 
 
 def _nothing_left(flags: Flags, known: Any, command: str) -> None:
@@ -253,6 +266,7 @@ def _command_help(command: str, rest: list[str]) -> None:
 
 
 def _list(positional: list[str], flags: Flags) -> int:
+    _none(positional, "list")
     _nothing_left(flags, (), "list")
     rows = [("RECIPE", "ALGORITHM", "REACHES", "WHAT IT IS")]
     rows += [(r.name, r.algorithm, r.reaches or "-", r.doc) for r in recipes.known().values()]
@@ -279,12 +293,14 @@ def _new(positional: list[str], flags: Flags) -> int:
         raise UsageError(f"{path.stem!r} cannot name a Python file; use letters, digits and underscores")
     if path.exists():
         raise UsageError(f"{path} exists already; choose another name")
+    if path.stem in sys.stdlib_module_names or keyword.iskeyword(path.stem) or importlib.util.find_spec(path.stem):
+        raise UsageError(f"{path.stem!r} is the name of a Python module, which {path} would hide; choose another name")
     resolved = _resolve(target, {})
-    changed = {n: configs.get(resolved.config, n) for n, origin in resolved.origin.items() if origin != "default"}
+    changed = list(dict.fromkeys(n.partition(".")[0] for n, origin in resolved.origin.items() if origin != "default"))
     origin = resolved.source.module or resolved.source.path.name
     head = f"# Begun as a copy of {origin} (recipe {resolved.name}, onetorch {__version__}). Change what you like; it keeps the whole run.\n"
     try:
-        path.write_text(head + algorithm.with_defaults(resolved.source, changed), encoding="utf-8")
+        path.write_text(head + algorithm.with_defaults(resolved.source, resolved.config, changed), encoding="utf-8")
     except OSError as error:
         raise UsageError(folder.explain(error, path)) from error
     _print(f"{path} is yours. Train it: onetorch train {path}")
@@ -310,7 +326,7 @@ def _runs(positional: list[str], flags: Flags) -> int:
         try:
             record = folder.read_json(path / "run.json")
             rows.append((str(path), folder.status(path, record), _progress(record), _result(record), _cost(record)))
-        except (OneTorchError, KeyError, TypeError, ValueError) as error:
+        except (OneTorchError, AttributeError, KeyError, TypeError, ValueError) as error:
             rows.append((str(path), "damaged", "", "", str(error)))
     _table(rows)
     return 0
@@ -363,7 +379,7 @@ def _train(positional: list[str], flags: Flags) -> int:
     resolved = _resolve(target, flags)
     path = Path(where) if where else _free_folder(resolved.name)
     if folder.holds_run(path):
-        raise UsageError(f"{path} already holds a run; `onetorch resume {shlex.quote(str(path))}` goes on with it, or choose another --dir")
+        raise folder.refuse(path)
 
     module = resolved.source.load()
     from onetorch.runs import plan
@@ -419,19 +435,19 @@ def _work(module: Any, run: Any) -> int:
             again = f"{run.record['command']} --plan {plan.show(run.record['plan'])}" if run.record["plan"] else run.record["command"]
             results = module.evaluate(model, run.config, media=run.media)
             run.result(**results)
-            for line in report.write(run.folder, run.record):
-                run.say(line)
+            try:
+                for line in report.write(run.folder, run.record):
+                    run.say(line)
+            except OSError as error:
+                raise RunError(folder.explain(error, run.folder / "report.html")) from error
     except Stopped as stop:
         run.say(f"stopped ({stop}) after {_progress(run.record)}; onetorch resume {shlex.quote(str(run.folder))} goes on")
         raise
-    except (OneTorchError, KeyboardInterrupt):
+    except OneTorchError:
         raise
     except Exception as error:
-        import traceback
-
-        traceback.print_exception(error)
-        _error(f"the run in {run.folder} failed: {type(error).__name__}: {error}")
-        return 3
+        error.add_note(f"the run in {run.folder} failed")
+        raise
     _print("  ".join(f"{k} {_number(v)}" for k, v in results.items()))
     _print(f"run: {run.folder}  ({_cost(run.record)})")
     _print(f"again: {again}")
@@ -474,8 +490,8 @@ def _eval(positional: list[str], flags: Flags) -> int:
 
 
 def _doctor(positional: list[str], flags: Flags) -> int:
+    _none(positional, "doctor")
     _nothing_left(flags, (), "doctor")
-    import importlib.util
     import platform
 
     from onetorch.runs import provenance

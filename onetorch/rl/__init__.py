@@ -1,0 +1,1 @@
+"""Deep reinforcement learning: one file per algorithm, and beside them the few parts that they share."""

@@ -8,10 +8,12 @@ executed that `Config` and the signature of `evaluate` need, and no others.
 import ast
 import copy
 import dataclasses
+import enum
 import importlib
 import importlib.util
 import inspect
 import io
+import math
 import sys
 import tokenize
 import types
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from onetorch.runs import folder
-from onetorch.runs.config import nearest
+from onetorch.runs.config import hints, nearest
 from onetorch.runs.errors import UsageError
 
 PACKAGE = Path(__file__).parent.parent
@@ -85,13 +87,16 @@ def read(name_or_path: str | Path) -> Algorithm:
 def of_run(where: Path) -> Algorithm:
     """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there."""
     if not folder.holds_run(where):
-        raise UsageError(f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}")
+        near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
+        raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)
     name = folder.read_json(where / "config.json").get("algorithm")
     if name == "source.py":
         return read(where / "source.py")
+    if name is None:
+        raise UsageError(f"{where} was made by code that stood in no file, so its model cannot be built again; its weights are in checkpoints/")
     # Only the name of a file of ours is taken from the folder, never a module to import.
     known = {f"onetorch.{p.parent.name}.{p.stem}": n for n, p in builtin().items()}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"{where / 'config.json'} names the algorithm {name!r}, which this onetorch does not have")
     return read(known[name])
 
@@ -113,7 +118,11 @@ def _read(path: Path, module: str | None) -> Algorithm:
     Config, evaluate = space["Config"], space["evaluate"]
     if not (isinstance(Config, type) and dataclasses.is_dataclass(Config)):
         raise UsageError(f"{path}: Config must be a dataclass (@dataclass(frozen=True))")
-    kinds = typing.get_type_hints(evaluate)
+    try:
+        kinds = typing.get_type_hints(evaluate)
+        hints(Config)
+    except Exception as error:
+        raise UsageError(f"{path}: an annotation of Config or evaluate cannot be read without importing the file: {error}") from error
     options = {
         p.name: (kinds.get(p.name, str), p.default) for p in inspect.signature(evaluate).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "media"
     }
@@ -146,8 +155,9 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
         name = queue.pop()
         if name in statements and name not in needed:
             needed.add(name)
+            # Names that are read: a field called `data` is no use of a module of that name.
             if not isinstance(statements[name], ast.Import | ast.ImportFrom):
-                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name)]
+                queue += [n.id for n in ast.walk(statements[name]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
     body: list[ast.stmt] = []
     for node in tree.body:
         names = set(_binds(node))
@@ -178,18 +188,32 @@ def _field_comments(text: str, config: ast.stmt) -> dict[str, str]:
     return {n.target.id: comments.get(n.end_lineno or n.lineno, "") for n in fields if isinstance(n.target, ast.Name)}
 
 
-def with_defaults(algorithm: Algorithm, values: dict[str, Any]) -> str:
-    """The text of the algorithm's file with the defaults of `Config` replaced by `values` (field name to value)."""
+def with_defaults(algorithm: Algorithm, config: Any, changed: list[str]) -> str:
+    """The text of the algorithm's file with the defaults of the fields of `Config` named in `changed` replaced by their values in `config`."""
     text = algorithm.path.read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
-    config = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config")
-    fields = {n.target.id: n for n in config.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    for name, value in values.items():
+    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
+    fields = {n.target.id: n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    for name in changed:
         node = fields[name].value
         if node is None or node.lineno != node.end_lineno:
             raise UsageError(f"{algorithm.path}: the default of {name} must stand on one line to be replaced")
         # Column offsets count UTF-8 bytes.
         raw = lines[node.lineno - 1].encode()
-        written = f"Path({str(value)!r})" if isinstance(value, Path) else repr(value)
-        lines[node.lineno - 1] = (raw[: node.col_offset] + written.encode() + raw[node.end_col_offset :]).decode()
+        lines[node.lineno - 1] = (raw[: node.col_offset] + _source(getattr(config, name)).encode() + raw[node.end_col_offset :]).decode()
     return "".join(lines)
+
+
+def _source(value: Any) -> str:
+    """A value of a config as Python source."""
+    if dataclasses.is_dataclass(value):
+        return f"{type(value).__name__}({', '.join(f'{f.name}={_source(getattr(value, f.name))}' for f in dataclasses.fields(value))})"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, Path):
+        return f"Path({str(value)!r})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_source, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)

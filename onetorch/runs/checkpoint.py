@@ -10,9 +10,11 @@ whose manifest verifies; it is computed, never stored. A reader MUST NOT use pic
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from onetorch.runs.folder import FORMAT, explain
 
 MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, STATE, RECORD)
+BESIDE_BYTES = 4 << 20  # a state larger than this is flushed while it is hashed
 MANIFEST_LIMIT = 65_536  # bytes; a manifest of ours has about 400
 
 
@@ -46,61 +49,103 @@ def folder_name(step: int) -> str:
     return f"{step:08d}"
 
 
-def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[str, torch.Tensor], record: dict[str, Any], keep: int = 2) -> Path:
-    """Write a checkpoint atomically into `parent` and retire all but the newest `keep`. RunError if the disk does not take it: what was there before stands."""
+def save(parent: Path, step: int, model: dict[str, torch.Tensor], state: dict[str, torch.Tensor], record: dict[str, Any]) -> Path:
+    """Write a checkpoint atomically into `parent`. RunError if the disk does not take it: what was there before stands."""
+    contents = {MODEL: _safetensors(model), STATE: _safetensors(state), RECORD: [json.dumps(record, allow_nan=False).encode()]}
     target = parent / folder_name(step)
     temporary = parent / f".new-{target.name}-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        with ThreadPoolExecutor(2 * len(FILES)) as pool:
-            # Flushing is waiting for the disk and hashing is work for a core: both release the GIL, so all files do both at once.
-            contents = {MODEL: _serialize(model), STATE: _serialize(state), RECORD: json.dumps(record, allow_nan=False).encode()}
-            hashes = {name: pool.submit(_sha256, content) for name, content in contents.items()}
-            writes = [pool.submit(_write, temporary / name, content) for name, content in contents.items()]
-            for write in writes:
-                write.result()
-            files = {name: {"bytes": len(contents[name]), "sha256": hashes[name].result()} for name in FILES}
-        _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode())
-        _sync_folder(temporary)
-        if target.exists():
-            # Only a damaged one can stand here: resuming goes on from the newest that verifies. It is kept for whoever wants to look.
-            os.rename(target, parent / f".damaged-{target.name}-{os.getpid()}")
+        with ThreadPoolExecutor(1) as beside:
+            # Flushing is waiting for the disk and hashing is work for a core; both release the GIL, so one goes on beside the other. A small state is
+            # hashed sooner than a thread starts; of many small flushes in a row the first does the work.
+            large = sum(t.nbytes for tensors in (model, state) for t in tensors.values()) > BESIDE_BYTES
+            flushes = []
+            for name, pieces in contents.items():
+                _write(temporary / name, pieces)
+                if large:
+                    flushes.append(beside.submit(_sync, temporary / name))
+            manifest = {"format": FORMAT, "step": step, "files": {name: _entry(pieces) for name, pieces in contents.items()}}
+            for flush in flushes:
+                flush.result()
+        for name in () if large else FILES:
+            _sync(temporary / name)
+        _write(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        for later in steps(parent):
+            if later >= step:
+                # Only damaged ones can stand here: resuming goes on from the newest that verifies. They are kept for whoever wants to look, under a
+                # name that does not count, lest good ones be retired in their stead.
+                os.rename(parent / folder_name(later), parent / f".damaged-{folder_name(later)}-{secrets.token_hex(3)}")
         os.rename(temporary, target)
-        _sync_folder(parent)
+        _sync(parent)
+        _sync(parent.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"no checkpoint at step {step}: {explain(error, target)}; earlier ones stand, `onetorch resume` goes on from the last") from error
-    _retire(parent, keep)
     return target
 
 
-def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
-    # Tied tensors share memory, which safetensors refuses; each name gets its own copy and loading into the tied module is the same.
-    seen: set[tuple[int, int]] = set()
-    whole: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.numel() and (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) in seen:
-            tensor = tensor.clone()
-        seen.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-        whole[name] = tensor
-    return safetensors.torch.save(whole)
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _safetensors(tensors: dict[str, torch.Tensor]) -> list[Any]:
+    """The pieces (buffers) of a safetensors file: its header and then every tensor's own memory, never copied, so that a save costs no second state in memory.
+
+    The format is the header's length in eight bytes, the header (JSON, padded with spaces to a multiple of eight), the tensors in the order of their offsets.
+    """
+    header: dict[str, Any] = {}
+    pieces: list[Any] = []
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # widest first: every tensor is aligned
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise RunError(f"state {name}: a tensor of {tensor.dtype}, {tensor.layout} cannot be saved; use a dense one of {', '.join(DTYPES.values())}")
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        if tensor.nbytes:
+            pieces.append(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy())
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb", buffering=0) as file:
-        view = memoryview(content)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
+def _entry(pieces: list[Any]) -> dict[str, Any]:
+    """What the manifest says of a file: hashed as handed to the system, not as read back."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _sync_folder(path: Path) -> None:
+def _write(path: Path, pieces: list[Any]) -> None:
+    with open(path, "xb") as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,14 +153,14 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _retire(parent: Path, keep: int) -> None:
+def retire(parent: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` and what killed saves left. A folder is renamed before it is emptied, so that none is ever seen half there."""
-    for old in steps(parent)[keep:]:
-        with contextlib.suppress(OSError):  # what stays is removed by the next save
-            os.rename(parent / folder_name(old), parent / f".old-{folder_name(old)}")
-    for path in parent.iterdir():
-        if path.name.startswith((".old-", ".new-")):
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what stays is removed after the next save
+        for old in steps(parent)[keep:]:
+            os.rename(parent / folder_name(old), parent / f".old-{folder_name(old)}-{secrets.token_hex(3)}")
+        for path in parent.iterdir():
+            if path.name.startswith((".old-", ".new-")):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(parent: Path) -> list[int]:
@@ -134,11 +179,11 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
             continue
         expected = manifest["files"][name]
         content = _read(folder / name, expected["bytes"])
-        if _sha256(content) != expected["sha256"]:
+        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
         contents[name] = content
     try:
-        record = json.loads(contents[RECORD])
+        record = json.loads(contents[RECORD].decode())
         model = safetensors.torch.load(contents[MODEL])
         state = {} if only_model else safetensors.torch.load(contents[STATE])
     except Exception as error:
@@ -152,11 +197,11 @@ def load(folder: Path, only_model: bool = False) -> Checkpoint:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(_read(path, None))
+        manifest = json.loads(_read(path, None).decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: not JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this onetorch reads format {FORMAT}; use the version of onetorch that wrote it")
     files = manifest.get("files")
     if set(manifest) != {"format", "step", "files"} or not isinstance(files, dict) or set(files) != set(FILES):
@@ -181,7 +226,11 @@ def _read(path: Path, size: int | None) -> bytes:
             return file.read(found)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} does not fit into memory") from error
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path} is a symbolic link; a checkpoint holds the files themselves") from error
         raise CheckpointError(explain(error, path)) from error
 
 

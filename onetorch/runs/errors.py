@@ -25,9 +25,13 @@ class NonFinite(RunError):  # noqa: N818 (what it is, not that it is one)
     """A loss, gradient or weight is NaN or infinite; raised before it can reach the weights or a checkpoint."""
 
 
-class Stopped(BaseException):
-    """A stop signal or the time limit, after the state was saved. Not an `Exception`, so that no algorithm swallows it."""
+class Stopped(SystemExit):
+    """A stop signal or the time limit, after the state was saved. Not an `Exception`, so that no algorithm swallows it; a script that lets it through leaves
+    with `exit_code`, as after any other exit."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
+        super().__init__(exit_code)
+        self.reason, self.exit_code = reason, exit_code
+
+    def __str__(self) -> str:
+        return self.reason

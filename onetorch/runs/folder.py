@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object written by `write_json`; RunError names a missing, damaged or newer file."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error
     except OSError as error:
@@ -87,12 +88,15 @@ class Lock:
             self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: the lock lives as long as the file)
         except OSError as error:
             raise RunError(explain(error, self.path)) from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.file.close()
-            owner = self.path.read_text(encoding="utf-8").strip() or "another process"
-            raise UsageError(f"{folder} is in use by {owner}; wait for it or stop it, or choose another --dir") from error
+        for patience in (0.01, 0.1, 0.0):  # a look by `owner` holds it for a moment too
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not patience:
+                    self.file.close()
+                    raise UsageError(f"{folder} is in use by {owner(folder)}; wait for it or stop it, or choose another --dir") from error
+                time.sleep(patience)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self.file.flush()
@@ -101,22 +105,31 @@ class Lock:
         self.file.close()
 
 
-def locked(folder: Path) -> bool:
-    """Whether a living process holds the run's lock."""
+def owner(folder: Path) -> str | None:
+    """The living process that holds the run's lock, in words, or None."""
     try:
-        with open(folder / "run.lock", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with open(folder / "run.lock", encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
     except OSError:
-        return False
-    return False
+        pass  # no lock was ever taken here
+    return None
+
+
+def refuse(folder: Path) -> UsageError:
+    """Why no run can begin in `folder`, which holds one."""
+    process = owner(folder)
+    if process:
+        return UsageError(f"{folder} is in use by {process}; wait for it or stop it, or choose another --dir")
+    return UsageError(f"{folder} already holds a run; `onetorch resume {shlex.quote(str(folder))}` goes on with it, or choose another --dir")
 
 
 def status(folder: Path, record: dict[str, Any]) -> str:
     """The run's state as it is, not as last written: a process that was killed could not write."""
     state = str(record.get("status", "?"))
-    return "killed" if state == "running" and not locked(folder) else state
+    return "killed" if state == "running" and owner(folder) is None else state
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from onetorch.runs.errors import UsageError
 
 BUDGET = 2.0  # seconds for all measurements of a plan
 MARGIN = 0.95  # a choice must take at most this fraction of the incumbent's time: noise shall not move a plan
+CLEAR = 1.5  # two choices this far apart after three rounds need no more of them
 
 Choice = dict[str, Any]
 Measure = Callable[[Choice], Callable[[], Any]]
@@ -107,9 +108,9 @@ def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], sec
     mine, theirs = float("inf"), incumbent()
     if warm > 20 * theirs and warm > seconds:
         return False  # hopeless, and another trial would cost what is left for the others
-    for _ in range(50):
+    for done in range(1, 51):
         mine, theirs = min(mine, challenger()), min(theirs, incumbent())
-        if time.perf_counter() - start > seconds:
+        if time.perf_counter() - start > seconds or (done >= 3 and not theirs / CLEAR < mine < theirs * CLEAR):
             break
     return mine < MARGIN * theirs
 
@@ -137,7 +138,7 @@ def cached(key: str, dimensions: dict[str, tuple[Any, ...]]) -> Choice | None:
     try:
         saved = json.loads(cache_path().read_bytes())[key]
         choice = {name: next(v for v in candidates if str(v) == saved[name]) for name, candidates in dimensions.items()}
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, StopIteration):
         return None  # nothing kept, or not by this version: measuring again costs two seconds
     return choice
 
@@ -149,7 +150,9 @@ def keep(key: str, choice: Choice) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             plans = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
+            plans = {}
+        if not isinstance(plans, dict):
             plans = {}
         plans[key] = {k: str(v) for k, v in choice.items()}
         temporary = path.with_name(f".plans.{os.getpid()}")

@@ -47,8 +47,11 @@ class Progress:
             self.bar.update(self.task, completed=done * self.scale, description=text, refresh=True)
         else:
             percent = 100 * done / max(self.total, 1)
-            sys.stderr.write(f"{done * self.scale:,}/{self.total * self.scale:,} {self.unit} ({percent:.0f} %) {text}\n")
-            sys.stderr.flush()
+            try:
+                sys.stderr.write(f"{done * self.scale:,}/{self.total * self.scale:,} {self.unit} ({percent:.0f} %) {text}\n")
+                sys.stderr.flush()
+            except BrokenPipeError:
+                self.quiet = True  # whoever read it has gone (`2>&1 | head`); the training goes on
 
     def _text(self, done: int, elapsed: float, values: dict[str, float]) -> str:
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in values.items())

@@ -10,7 +10,9 @@ The algorithm owns its loop and calls a few verbs; without the lines that say `r
         run.checkpoint(state)
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -49,8 +51,9 @@ class Run:
     Args:
         folder: where the run stands or shall stand; created if need be.
         config: the algorithm's frozen dataclass; of a resumed run it must be the one it was begun with.
-        recipe: the name the run goes by; `algorithm`: the module or file that runs.
-        source: path of the algorithm's file; a user's own file is copied into the folder, so that the folder is enough to go on.
+        recipe: the name the run goes by.
+        algorithm, source: module (of onetorch's own) and path of the file that runs, else those of `config`'s class; a user's own file is copied into the
+            folder, so that the folder is enough to go on.
         command: the words that repeat this run.
         fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
         resume: go on with what stands in `folder`; else a folder that holds a run is refused.
@@ -84,10 +87,10 @@ class Run:
         self.iteration = 0
         self._total: int | None = None
         self._resume = resume
-        self._fixed = fixed or {}
         self._limit = time_limit
         self._checkpoint_seconds = checkpoint_seconds
         self._stop: tuple[str, int] | None = None  # (why, exit code) once a signal or the time limit has come
+        self._looping = False  # from the first iteration until the last state is saved
         self._handlers: dict[int, Any] = {}
         self._watchdog: threading.Timer | None = None
         self._state: Any = None
@@ -96,15 +99,17 @@ class Run:
         self._progress: Progress | None = None
         self._shown: dict[str, float] = {}
         self._rows: list[bytes] = []
+        self._written = hashlib.sha256()  # of metrics.jsonl so far
+        self._retiring: threading.Thread | None = None
         self._last_step: int | None = None
-        self._open(recipe, algorithm, source, command)
+        self._open(recipe, algorithm, source, command, fixed or {})
         self._start = self._saved_at = self._flushed = time.perf_counter()
         self._start_cpu = time.process_time()
         self._before = (0.0, 0.0)  # wall and CPU seconds spent before this process
 
     # -- the folder ------------------------------------------------------------------------------------------------------------------------
 
-    def _open(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None) -> None:
+    def _open(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None, fixed: dict[str, str]) -> None:
         if not dataclasses.is_dataclass(self.config) or isinstance(self.config, type):
             raise UsageError(f"a run's config must be an instance of a dataclass, got {self.config!r}")
         path = self.folder
@@ -112,13 +117,14 @@ class Run:
             raise UsageError(f"{path} is a file; a run needs a folder of its own")
         if not self._resume:
             if folder.holds_run(path):
-                raise UsageError(f"{path} already holds a run; `onetorch resume {shlex.quote(str(path))}` goes on with it, or choose another --dir")
+                raise folder.refuse(path)
             ours = ("run.lock", "run.json", "source.py", "git.diff", "media")  # what a run killed in its first moments leaves
             foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")] if path.is_dir() else []
             if foreign:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
         elif not folder.holds_run(path):
             raise UsageError(f"{path} holds no run (no config.json); begin one with `onetorch train RECIPE --dir {shlex.quote(str(path))}`")
+        self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -128,7 +134,7 @@ class Run:
             if self._resume:
                 self._reopen()
             else:
-                self._begin(recipe, algorithm, source, command)
+                self._begin(recipe, algorithm, source, command, fixed)
             self._metrics = open(path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         except OSError as error:
             self._lock.release()
@@ -137,9 +143,14 @@ class Run:
             self._lock.release()
             raise
 
-    def _begin(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None) -> None:
+    def _begin(self, recipe: str | None, algorithm: str | None, source: Path | None, command: list[str] | None, fixed: dict[str, str]) -> None:
         if folder.holds_run(self.folder):
             raise UsageError(f"{self.folder} holds a run that another process began just now; choose another --dir")
+        if algorithm is None and source is None:
+            module = sys.modules.get(type(self.config).__module__)
+            file = getattr(module, "__file__", None)  # a notebook has none
+            source = Path(file) if file else None
+            algorithm = module.__name__ if module and module.__name__.startswith("onetorch.") else None
         git, diff = provenance.git(source) if source else (None, "")
         self.record: dict[str, Any] = {
             "format": folder.FORMAT,
@@ -152,6 +163,7 @@ class Run:
             "git": git,
             "versions": provenance.versions(),
             "hardware": provenance.hardware(),
+            "fixed": fixed,
             "plan": {},
             "progress": {"done": 0, "total": None, "unit": "steps"},
             "cost": {"seconds": 0.0, "cpu_seconds": 0.0},
@@ -163,11 +175,17 @@ class Run:
             shutil.copyfile(source, self.folder / "source.py")
         folder.write_json(self.folder / "run.json", self.record)
         # Last: a folder holds a run from the moment that its config stands in it.
-        entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or "source.py", "config": to_json(self.config)}
+        entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or (source and "source.py"), "config": to_json(self.config)}
         folder.write_json(self.folder / "config.json", entry)
 
     def _reopen(self) -> None:
         self.record = folder.read_json(self.folder / "run.json")
+        kinds = {"recipe": str, "command": str, "fixed": dict, "plan": dict, "progress": dict, "cost": dict, "result": dict, "hardware": dict, "versions": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(self.record.get(name), kind)]
+        if wrong:
+            raise RunError(f"{self.folder / 'run.json'} is damaged ({wrong[0]} is missing or not what it was); restore it from a copy")
+        for litter in self.folder.glob(".*.json.*"):  # of a process that was killed while it wrote
+            litter.unlink(missing_ok=True)
         saved = folder.read_json(self.folder / "config.json").get("config")
         if saved != to_json(self.config):
             raise UsageError(f"{self.folder / 'config.json'} is not the config that was given; a run goes on with its own")
@@ -179,7 +197,10 @@ class Run:
     def media(self) -> Path:
         """The folder for pictures, videos and samples, created on first use."""
         path = self.folder / "media"
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(folder.explain(error, path)) from error
         return path
 
     # -- the verbs of the loop -------------------------------------------------------------------------------------------------------------
@@ -193,15 +214,16 @@ class Run:
         torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
-        narrowed = plan.fix(dimensions, self._fixed)
+        narrowed = plan.fix(dimensions, self.record["fixed"])
         # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
         narrowed["device"] = narrowed["device"][:1]
         recorded = self.record["plan"]
         key = plan.cache_key(key or self.record["recipe"], narrowed)
         note = ""
         if self._resume and recorded and recorded.keys() == narrowed.keys():
-            choice = {name: next((v for v in (*narrowed[name], *dimensions[name]) if v == recorded[name]), recorded[name]) for name in narrowed}
-            note = "as recorded"
+            if recorded["device"] not in dimensions["device"]:
+                raise RunError(f"{self.folder} ran on {recorded['device']}, which is not here: go on where it is, or begin a new run in another --dir")
+            choice, note = dict(recorded), "as recorded"
         elif (kept := plan.cached(key, narrowed)) is not None:
             choice, note = kept, "measured earlier on this machine"
         else:
@@ -235,14 +257,19 @@ class Run:
             self.say(f"{problem}; going on from an older checkpoint")
         if found is None:
             self.say(f"{self.folder} was stopped before its first checkpoint: it begins again")
-            self._cut_metrics(0, None)
+            self._cut_metrics(0, self._written.hexdigest())
             return live
-        self._check_config(found.record.get("config"))
-        state.restore_state(live, found.record["state"], found.model, found.state)
+        record = found.record
+        kinds = {"last_step": int | None, "metrics_bytes": int, "metrics_sha256": str, "seconds": float, "cpu_seconds": float, "state": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name, ...), kind)]
+        if wrong:
+            raise CheckpointError(f"{found.folder / checkpoint.RECORD} has no {wrong[0]}, or not as this onetorch writes it")
+        self._check_config(record.get("config"))
+        state.restore_state(live, record["state"], found.model, found.state)
         self._saved = self.iteration = found.step
-        self._before = (float(found.record["seconds"]), float(found.record["cpu_seconds"]))
-        self._last_step = found.record["last_step"]
-        self._cut_metrics(found.record["metrics_bytes"], self._last_step)
+        self._before = (record["seconds"], record["cpu_seconds"])
+        self._last_step = record["last_step"]
+        self._cut_metrics(record["metrics_bytes"], record["metrics_sha256"])
         self.say(f"goes on from {found.folder}")
         return live
 
@@ -253,23 +280,20 @@ class Run:
             what = "; ".join(f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed))
             raise CheckpointError(f"{self.folder / 'config.json'} changed since the checkpoint ({what}): put it back, or begin a new run in another --dir")
 
-    def _cut_metrics(self, size: int, last_step: int | None) -> None:
+    def _cut_metrics(self, size: int, sha256: str) -> None:
         """Take off the rows that were written after the checkpoint, so that none stands twice."""
         path = self.folder / "metrics.jsonl"
-        content_size = path.stat().st_size
-        if content_size < size:
-            raise CheckpointError(f"{path} has {content_size} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy")
+        found = path.stat().st_size
+        if not 0 <= size <= found:
+            raise CheckpointError(f"{path} has {found} bytes, the checkpoint knows {size}: rows are lost; restore it from a copy")
+        self._written = hashlib.sha256()
         with open(path, "rb") as file:
-            file.seek(max(0, size - 65_536))
-            tail = file.read(min(size, 65_536))
-        last: Any = None
-        if tail:
-            try:
-                last = json.loads(tail[:-1].rpartition(b"\n")[2])["step"] if tail.endswith(b"\n") else None
-            except (ValueError, LookupError, TypeError, RecursionError):
-                last = None
-        if last != last_step:
-            raise CheckpointError(f"{path} is not the file the checkpoint knows (step {last_step} expected at byte {size}); restore it from a copy")
+            left = size
+            while chunk := file.read(min(left, 1 << 20)):
+                self._written.update(chunk)
+                left -= len(chunk)
+        if self._written.hexdigest() != sha256:
+            raise CheckpointError(f"{path} is damaged: its first {size} bytes are not those the checkpoint knows; restore it from a copy")
         os.truncate(path, size)
 
     def steps(self, done: int, total: int, *, unit: str = "steps", scale: int = 1) -> Iterator[int]:
@@ -277,11 +301,14 @@ class Run:
 
         `scale` is how many `unit` an iteration stands for. A state given to `restore` is saved when the loop ends. Raises Stopped.
         """
+        if self.record["fixed"] and not self.record["plan"]:
+            raise UsageError(f"--plan: {self.record['recipe']} has no speed plan")
         self.record["progress"] = {"done": done, "total": total, "unit": unit, "scale": scale}
         self._total = total
         self._progress = Progress(done, total, unit, scale, self.quiet)
         self.iteration = done
         self._start_signals()
+        self._looping = True
         try:
             for iteration in range(done + 1, total + 1):
                 self._leave_if_told()
@@ -289,7 +316,7 @@ class Run:
                 yield iteration
                 self.record["progress"]["done"] = iteration
                 self._progress.update(iteration, self._shown)
-                if self._limit is not None and time.perf_counter() - self._start > self._limit and self._stop is None:
+                if self._limit is not None and time.perf_counter() - self._start > self._limit and self._stop is None and iteration < total:
                     self._stop = ("the time limit is reached", 0)
             self._leave_if_told()
             self._progress.update(total, self._shown, last=True)
@@ -298,7 +325,9 @@ class Run:
             self._progress = None
 
     def log(self, step: int, **values: Any) -> None:
-        """One row of metrics at `step` (a number that never falls). None is left out. ValueError for NaN, infinity or something that is no number or text."""
+        """One row of metrics at `step` (a whole number that never falls). None is left out. ValueError for NaN, infinity or what is no number or text."""
+        if type(step) is not int:
+            raise ValueError(f"log: step must be an int, got {step!r}")
         if self._last_step is not None and step < self._last_step:
             raise ValueError(f"log: step {step} comes after step {self._last_step}; steps never fall")
         now = time.perf_counter()
@@ -318,8 +347,13 @@ class Run:
                     except (AttributeError, RuntimeError, ValueError) as error:
                         raise ValueError(f"log: {name} must be one number or a text, got {value!r}") from error
             row[name] = value
+        if "seconds" in values or "cpu_seconds" in values:
+            raise ValueError("log: 'seconds' and 'cpu_seconds' are written by the run; call yours otherwise")
         try:
             text = json.dumps(row, allow_nan=False)
+        except TypeError as error:
+            bad = {k: v for k, v in row.items() if not isinstance(v, bool | int | float | str)}
+            raise ValueError(f"log: no number or text at step {step}: {bad}") from error
         except ValueError as error:
             bad = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
             raise ValueError(f"log: not finite at step {step}: {bad}; leave a value out by giving None") from error
@@ -342,6 +376,7 @@ class Run:
         try:
             view = memoryview(b"".join(self._rows))
             self._rows.clear()
+            self._written.update(view)
             while view:
                 view = view[self._metrics.write(view) :]
             if sync:
@@ -380,7 +415,7 @@ class Run:
         begin = time.perf_counter()
         self._flush(sync=True)
         tree, model, others = state.pack_state(live)
-        bad = state.find_nan(model) or state.find_nan(others)
+        bad = state.find_nan(tree, model, others)
         if bad:
             raise NonFinite(f"{bad} holds NaN after iteration {self.iteration}: nothing was saved; {self._last_good()}")
         seconds, cpu_seconds = self.cost()
@@ -389,16 +424,22 @@ class Run:
             "step": self.iteration,
             "last_step": self._last_step,
             "metrics_bytes": self._metrics.seek(0, os.SEEK_END),
+            "metrics_sha256": self._written.hexdigest(),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "config": to_json(self.config),
             "state": tree,
         }
+        if self._retiring:
+            self._retiring.join()
         checkpoint.save(self.folder / "checkpoints", self.iteration, model, others, record)
-        self._saved, self._saved_at = self.iteration, time.perf_counter()
-        self._save_cost = self._saved_at - begin
+        self._retiring = threading.Thread(target=checkpoint.retire, args=(self.folder / "checkpoints",))
+        self._retiring.start()
+        self._saved = self.iteration
         self.record["progress"]["done"] = self.iteration
         self._write_record()
+        self._saved_at = time.perf_counter()
+        self._save_cost = self._saved_at - begin
 
     # -- stopping --------------------------------------------------------------------------------------------------------------------------
 
@@ -413,16 +454,20 @@ class Run:
         if self._stop and self._stop[1]:
             self._leave_now(code)
         self._stop = (f"{name} came", code)
+        if not self._looping:
+            raise Stopped(*self._stop)  # before the loop and after finish() nothing waits to be saved
         self._watchdog = threading.Timer(GRACE, self._leave_now, (code, f"the step took longer than {GRACE:.0f} s"))
         self._watchdog.daemon = True
         self._watchdog.start()
         # Not through sys.stderr, which the signal may have interrupted in the middle of a write.
-        os.write(2, f"\n{name}: finishes this step, saves and stops (once more: at once)\n".encode())
+        with contextlib.suppress(OSError):  # nobody may be reading any more; the state is to be saved all the same
+            os.write(2, f"\n{name}: finishes this step, saves and stops (once more: at once)\n".encode())
 
     def _leave_now(self, code: int, why: str = "told twice") -> None:
         # A save under way is lost with this process, and only it: what stands under its own name is whole.
-        show_cursor = "\x1b[?25h" if os.isatty(2) else ""
-        os.write(2, f"{show_cursor}\nonetorch: {why}: left at once; {self._last_good()}\n".encode())
+        with contextlib.suppress(OSError):
+            show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+            os.write(2, f"{show_cursor}\nonetorch: {why}: left at once; {self._last_good()}\n".encode())
         os._exit(code)
 
     def _leave_if_told(self) -> None:
@@ -456,15 +501,20 @@ class Run:
             if self._progress and self._progress.bar:
                 self._progress.bar.console.print(text, highlight=False, markup=False)
             else:
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+                try:
+                    sys.stderr.write(text + "\n")
+                    sys.stderr.flush()
+                except BrokenPipeError:
+                    self.quiet = True  # whoever read it has gone (`2>&1 | head`); the training goes on
 
     def finish(self) -> None:
-        """Training is over: save the last state, if the algorithm has not, and give the signals back."""
+        """Training is over: save the last state, if the algorithm has not. Raises Stopped if a signal came meanwhile."""
         if self._state is not None and self.iteration > 0:
             self._save(self._state)
         self._flush(sync=True)
-        self._restore_signals()
+        self._looping = False
+        if self._stop:
+            raise Stopped(*self._stop)
 
     def _write_record(self) -> None:
         seconds, cpu_seconds = self.cost()
@@ -476,29 +526,51 @@ class Run:
         self._restore_signals()
         if self._metrics.closed:
             return
+        if self._progress:
+            self._progress.close()
         try:
             self._flush()
             self.record["status"] = status
             self.record["why"] = why
             self._write_record()
         finally:
+            if self._retiring:
+                self._retiring.join()
             self._metrics.close()
             self._lock.release()
 
+    def _forget(self) -> None:
+        """Take back what `_begin` made: a run that was refused before its first iteration leaves no folder that would be in the way of the next attempt."""
+        for name in ("config.json", "run.json", "metrics.jsonl", "source.py", "git.diff", "run.lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # the algorithm left something in it
+                self.folder.rmdir()
+
     def __enter__(self) -> Self:
+        self._start_signals()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is None:
-            self.finish()
+            try:
+                self.finish()
+            except BaseException as late:
+                self._end(late)
+                raise
             self.close("done")
-            return
+        else:
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
         status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         try:
             self.close(status, " ".join(str(error).split()) or type(error).__name__)
         except RunError as second:
             # The first error is the one to hear about; a full disk refuses the note about itself too.
             error.add_note(f"the run's record could not be written either: {second}")
+        if isinstance(error, UsageError) and not self._resume and self.iteration == 0:
+            self._forget()
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {self.record['status']}, after {clock(self.cost()[0])})"

@@ -25,20 +25,17 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": str(value)}
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach()
-        return {"$tensor": name}
-    if isinstance(value, np.generic):
-        tensors[name] = torch.from_numpy(np.asarray(value).reshape(1).copy())
-        return {"$numpy_scalar": name}
-    if isinstance(value, np.ndarray):
+        return {"$tensor": _keep(value.detach(), name, tensors)}
+    if isinstance(value, np.ndarray | np.generic):
         try:
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
+            # numpy says "not writable" and "not native" of arrays that torch does not take as they are.
+            array = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
+            tensor = torch.from_numpy(array).reshape(np.shape(value))
         except TypeError as error:
             raise RunError(f"state {name}: a numpy array of dtype {value.dtype} cannot be saved; use a numeric dtype") from error
-        return {"$numpy": name}
+        return {"$numpy" if isinstance(value, np.ndarray) else "$numpy_scalar": _keep(tensor, name, tensors)}
     if isinstance(value, torch.Generator):
-        tensors[name] = value.get_state()
-        return {"$torch_generator": name}
+        return {"$torch_generator": _keep(value.get_state(), name, tensors)}
     if isinstance(value, np.random.Generator):
         return {"$numpy_generator": pack(value.bit_generator.state, name, tensors)}
     if isinstance(value, random.Random):
@@ -59,6 +56,14 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise RunError(f"state {name}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved; give it state_dict() and load_state_dict()")
 
 
+def _keep(tensor: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Put `tensor` into `tensors` under `name`, or the next free name where another place in the state spells the same (`{"a.b": …}` and `{"a": {"b": …}}`)."""
+    while name in tensors:
+        name += "'"
+    tensors[name] = tensor
+    return name
+
+
 def unpack(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The plain value that `pack` wrote; objects with a state come back as their state."""
     if isinstance(node, list):
@@ -75,7 +80,7 @@ def unpack(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
             case "$numpy":
                 return tensors[inner].numpy()
             case "$numpy_scalar":
-                return tensors[inner].numpy()[0]
+                return tensors[inner].numpy()[()]
             case "$tuple":
                 return tuple(unpack(n, tensors) for n in inner)
             case "$dict":
@@ -103,9 +108,17 @@ def restore(live: Any, node: Any, tensors: dict[str, torch.Tensor], name: str) -
         live[...] = saved
     elif isinstance(live, list | tuple) and isinstance(saved, list | tuple) and len(live) == len(saved):
         nodes = node["$tuple"] if isinstance(node, dict) else node
-        return type(live)(restore(item, n, tensors, f"{name}.{i}") for i, (item, n) in enumerate(zip(live, nodes, strict=True)))
+        items = [restore(item, n, tensors, f"{name}.{i}") for i, (item, n) in enumerate(zip(live, nodes, strict=True))]
+        if isinstance(live, tuple):
+            return tuple(items)
+        live[:] = items
     elif isinstance(live, dict) and isinstance(saved, dict) and live.keys() == saved.keys() and not ("$dict" in node and len(node) == 1):
-        return {k: restore(live[k], node[k], tensors, f"{name}.{k}") for k in live}
+        live.update({k: restore(live[k], node[k], tensors, f"{name}.{k}") for k in live})
+    elif isinstance(live, list) and isinstance(saved, list):
+        live[:] = saved
+    elif isinstance(live, dict) and isinstance(saved, dict):
+        live.clear()
+        live.update(saved)
     else:
         return saved
     return live
@@ -131,26 +144,45 @@ def pack_state(state: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], dic
 
 def restore_state(state: Any, tree: dict[str, Any], model: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
     """Bring `state` and the global random generators to what `pack_state` saved; CheckpointError names a field that does not fit."""
-    names, saved = {f.name for f in dataclasses.fields(state)}, set(tree["fields"])
-    if names != saved:
-        raise CheckpointError(f"the checkpoint was written by other code: its state has the fields {sorted(saved)}, the algorithm's has {sorted(names)}")
-    for name in tree["fields"]:
-        try:
-            setattr(state, name, restore(getattr(state, name), tree["fields"][name], model if name == "model" else others, name))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            first = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint does not fit the algorithm: state {name}: {first[:300]}") from error
-    generators = unpack(tree["generators"], others)
-    torch.set_rng_state(generators["torch"])
-    np.random.set_state(generators["numpy"])
-    random.setstate(generators["python"])
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(generators["cuda"])
+    fields = tree.get("fields") if isinstance(tree, dict) else None
+    if not isinstance(fields, dict):
+        raise CheckpointError("the checkpoint holds no state")
+    names = {f.name for f in dataclasses.fields(state)}
+    if names != set(fields):
+        raise CheckpointError(f"the checkpoint was written by other code: its state has the fields {sorted(fields)}, the algorithm's has {sorted(names)}")
+    place = ""
+    try:
+        for name in fields:
+            place = f"state {name}"
+            setattr(state, name, restore(getattr(state, name), fields[name], model if name == "model" else others, name))
+        place = "random generators"
+        generators = unpack(tree["generators"], others)
+        torch.set_rng_state(generators["torch"])
+        np.random.set_state(generators["numpy"])
+        random.setstate(generators["python"])
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(generators["cuda"])
+    except Exception as error:
+        # load_state_dict of any object may raise anything; the user has to know which object and that it is the checkpoint that does not fit it.
+        raise CheckpointError(f"the checkpoint does not fit the algorithm: {place}: {' '.join(str(error).split())[:300]}") from error
 
 
-def find_nan(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN, or None. One pass without temporaries: the largest magnitude of a tensor with a NaN is NaN."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and math.isnan(torch.linalg.vector_norm(tensor, math.inf, dtype=None).item()):
+def find_nan(tree: dict[str, Any], *tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first value of a packed state that is or holds a NaN, or None."""
+    for name, tensor in (item for group in tensors for item in group.items()):
+        # One pass without temporaries: the largest magnitude of a tensor with a NaN is NaN.
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() and math.isnan(torch.linalg.vector_norm(tensor, math.inf).item()):
             return name
-    return None
+    return _find_nan(tree, "state")
+
+
+def _find_nan(node: Any, name: str) -> str | None:
+    if isinstance(node, dict):
+        if node.get("$float") == "nan":
+            return name
+        inner = list(node.items())
+    elif isinstance(node, list):
+        inner = list(enumerate(node))
+    else:
+        return None
+    return next((found for key, value in inner if (found := _find_nan(value, name if str(key).startswith("$") else f"{name}.{key}"))), None)

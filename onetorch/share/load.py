@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from onetorch.runs import algorithm, checkpoint, folder
+from onetorch.runs import algorithm, checkpoint, folder, state
 from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, RunError
 
@@ -26,7 +26,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{where / 'config.json'} changed since {found.folder}: put it back")
     model: nn.Module = module.build(config)
     try:
-        model.load_state_dict(found.model)
-    except RuntimeError as error:
+        model.load_state_dict(state.unpack(found.record["state"]["fields"]["model"], found.model))
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the weights in {found.folder} do not fit the module: {' '.join(str(error).split())[:300]}") from error
     return model.eval()

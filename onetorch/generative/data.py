@@ -1,0 +1,152 @@
+"""Text as bytes: a file or a folder of files, its three splits, and the batches and windows cut from them.
+
+A text is a read-only uint8 array. Its last tenth is the validation split, the tenth before it the tuning split, the rest is for training; a run that is to be
+reported trains on all but the validation split. Choose hyperparameters on the tuning split and look at the validation split once, at the end.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onetorch.runs.errors import UsageError
+
+Text = NDArray[np.uint8]
+
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")  # of the standard library: not part of it, or not like the rest
+FRACTION = 10  # validation and tuning split are one part in so many of the whole each
+
+
+class Splits(NamedTuple):
+    """The parts of a text that a model is trained on, chosen by, and reported on; in this order in the text."""
+
+    train: Text
+    tuning: Text
+    validation: Text
+
+
+def read(path: Path | None) -> Text:
+    """All bytes of a text file, or of the text files under a folder joined in the order of their paths; None is the source of Python's standard library.
+
+    In a folder, hidden files and folders and files that hold a zero byte (they are no text) are left out.
+    Raises UsageError naming the path when it is missing, cannot be read or holds no text.
+    """
+    if path is None:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = [p for p in _files(library, LEFT_OUT) if p.suffix == ".py"]
+        return _join(files, library, "no Python source stands there; name a text with --data")
+    try:
+        if path.is_dir():
+            return _join(_files(path), path, "no text stands in this folder")
+        if not path.exists():
+            raise UsageError(f"data {path}: there is no such file or folder")
+        text = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UsageError(f"data {path} cannot be read: {error.strerror}") from error
+    if not text.size:
+        raise UsageError(f"data {path}: the file is empty")
+    return text
+
+
+def _files(folder: Path, left_out: tuple[str, ...] = ()) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"data {error.filename} cannot be read: {error.strerror}") from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    # By parts, so that the order is the same on every system and does not depend on the separator.
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.relative_to(folder).parts)
+
+
+def _join(files: list[Path], folder: Path, otherwise: str) -> Text:
+    parts = []
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UsageError(f"data {file} cannot be read: {error.strerror}") from error
+        if b"\0" not in content:
+            parts.append(content)
+    joined = b"".join(parts)
+    if not joined:
+        raise UsageError(f"data {folder}: {otherwise}")
+    return np.frombuffer(joined, dtype=np.uint8)
+
+
+def digest(text: Text) -> str:
+    """The first 16 hexadecimal digits of the text's sha-256, by which a resumed run knows its data."""
+    return hashlib.sha256(text.data).hexdigest()[:16]
+
+
+def split(text: Text, context: int, name: Path | str | None = None) -> Splits:
+    """Cut a text into train (first 8/10), tuning (next 1/10) and validation (last 1/10), views all three.
+
+    Raises UsageError when a part does not hold two windows (of `context` bytes and the one that follows).
+    """
+    if text.dtype != np.uint8 or text.ndim != 1:
+        raise ValueError(f"split: expected a one-dimensional uint8 array, got {text.dtype} of shape {text.shape}")
+    last, before = (text.size * (FRACTION - k) // FRACTION for k in (1, 2))
+    parts = Splits(text[:before], text[before:last], text[last:])
+    if min(p.size for p in parts) < 2 * context + 1:
+        raise UsageError(
+            f"data {name or ''}: too short, {text.size:,} bytes; a tenth of the text must hold two windows of context = {context} bytes, "
+            f"for which {FRACTION * (2 * context + 1):,} bytes are enough; give more text or a smaller --context"
+        )
+    return parts
+
+
+def parts(text: Text, context: int, held_out: Literal["validation", "tuning"], name: Path | str | None = None) -> tuple[Text, Text]:
+    """(what to train on, what to evaluate on): all but the last tenth and the last tenth, or, for tuning, the first 8/10 and the tenth after them."""
+    cut = split(text, context, name)
+    if held_out == "tuning":
+        return cut.train, cut.tuning
+    return text[: cut.train.size + cut.tuning.size], cut.validation
+
+
+def batch(text: Text, size: int, context: int, generator: torch.Generator) -> Tensor:
+    """`size` windows of `context` + 1 bytes at random places, as an int64 tensor (size, context + 1); draws from `generator` alone."""
+    starts = torch.randint(text.size - context, (size, 1), generator=generator).numpy()  # (B, 1)
+    return torch.from_numpy(text[starts + np.arange(context + 1)].astype(np.int64))  # (B, T + 1)
+
+
+def windows(text: Text, context: int, rows: int = 64, count: int | None = None) -> Iterator[Tensor]:
+    """The text in windows that do not overlap, in batches of at most `rows`, as int64 tensors (rows, T + 1).
+
+    Window w holds bytes wT to wT + T, both ends included, so that every byte but the text's first is the target of one prediction, once. The last window
+    is shorter where the length asks for it. With `count`, only so many whole windows are taken, evenly spread over the text.
+    """
+    whole, rest = divmod(text.size - 1, context)
+    chosen = np.arange(whole) if count is None or count >= whole else np.linspace(0, whole - 1, count).round().astype(np.int64)
+    for i in range(0, len(chosen), rows):
+        starts = chosen[i : i + rows, None] * context
+        yield torch.from_numpy(text[starts + np.arange(context + 1)].astype(np.int64))
+    if rest and len(chosen) == whole:
+        yield torch.from_numpy(text[whole * context :].astype(np.int64))[None]
+
+
+def block_standard_error(values: NDArray[np.float64], weights: NDArray[np.float64], blocks: int = 40) -> float:
+    """Standard error of the weighted mean of a series whose neighbours are alike, by the method of batch means.
+
+    The series is cut into `blocks` runs of neighbours (fewer when it is short); for block means m_b with weights w_b summing to one and mean m the estimate
+    is sqrt(B / (B - 1) * sum_b w_b^2 (m_b - m)^2). NaN for fewer than two values.
+
+    >>> round(block_standard_error(np.array([1.0, 3.0]), np.ones(2)), 6)
+    1.0
+    """
+    count = min(blocks, values.size)
+    if count < 2:
+        return float("nan")
+    edges = np.arange(count) * values.size // count
+    w = np.add.reduceat(weights, edges)
+    means = np.add.reduceat(values * weights, edges) / w
+    w = w / w.sum()
+    return float(np.sqrt(count / (count - 1) * np.sum(w**2 * (means - w @ means) ** 2)))

@@ -1,0 +1,123 @@
+"""Networks and distributions: plain functions on tensors, because on nets this small a distribution object costs more than the mathematics.
+
+A policy over Box actions is a Gaussian with independent components; over Discrete actions a categorical. Actions are drawn from noise that is made for
+a whole rollout at once (`ActorCritic.noise`), which leaves two cheap operations per step.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onetorch.rl.envs import Spaces
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, out_gain: float = 1.0) -> nn.Sequential:
+    """Fully connected net (…, sizes[0]) -> (…, sizes[-1]) with `activation` between layers.
+
+    Weights begin orthogonal, with gain sqrt(2), and `out_gain` in the last layer; biases at 0.
+    """
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        last = i == len(sizes) - 2
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, out_gain if last else math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+def categorical_logp(logits: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) and entropy of the categorical with unnormalised log-probabilities `logits` (B, A) at actions `act` (B,) int64: two tensors (B,)."""
+    logp = F.log_softmax(logits, dim=-1)
+    return logp.gather(-1, act.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def gaussian_logp(mean: Tensor, log_std: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) and entropy of the Gaussian N(mean, diag exp(log_std)^2), mean and act (B, A), log_std (A,): a tensor (B,) and one ().
+
+    log pi = -sum_i [ (a_i - mean_i)^2 / (2 std_i^2) + log_std_i + log(2 pi) / 2 ]        H = sum_i [ log_std_i + (1 + log(2 pi)) / 2 ]
+    """
+    log_norm = log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel()
+    return -0.5 * ((act - mean) * torch.exp(-log_std)).square().sum(-1) - log_norm, log_norm + 0.5 * log_std.numel()
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / std by the mean and variance of all rows seen by `update`, clipped to [-clip, clip]; its buffers are saved with the model.
+
+    Until the first update it is the identity (up to the clip). Merging batch moments: Chan, Golub, LeVeque 1979.
+    """
+
+    def __init__(self, dim: int, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.mean: Tensor
+        self.var: Tensor
+        self.count: Tensor
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """x (B, dim): B more rows."""
+        x = x.double()
+        mean, var, n = x.mean(0), x.var(0, correction=0), x.shape[0]
+        total = self.count + n
+        shift = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + shift.square() * self.count * n / total) / total)
+        self.mean.add_(shift * n / total)
+        self.count.copy_(total)
+
+    def std(self) -> Tensor:
+        """(dim,) float32."""
+        return (self.var + 1e-8).sqrt().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean.float()) / self.std()).clamp(-self.clip, self.clip)
+
+
+class ActorCritic(nn.Module):
+    """A policy pi and a value function v on the same observations, each an MLP of its own.
+
+    Observations (…, D) float32; actions (…,) int64 for Discrete, (…, A) float32 for Box, whose bounds are always [-1, 1] (`envs` maps them onto the
+    environment's own). The standard deviation of Box actions does not depend on the observation. The last layer of pi starts near zero, so that the first
+    policy is nearly uniform (Discrete) or centred (Box): the choice that Andrychowicz et al. 2020, arXiv:2006.05990, found to matter most.
+    """
+
+    def __init__(self, spaces: Spaces, hidden: Sequence[int], activation: str, normalize_obs: bool = False, log_std: float = 0.0) -> None:
+        super().__init__()
+        self.discrete = spaces.discrete
+        self.pi = mlp((spaces.obs_dim, *hidden, spaces.act_dim), ACTIVATIONS[activation], out_gain=0.01)
+        self.v = mlp((spaces.obs_dim, *hidden, 1), ACTIVATIONS[activation])
+        self.log_std = None if spaces.discrete else nn.Parameter(torch.full((spaces.act_dim,), log_std))
+        self.norm = RunningNorm(spaces.obs_dim) if normalize_obs else None
+        self.act_dim = spaces.act_dim
+
+    def noise(self, *shape: int) -> Tensor:
+        """Noise for `act`, (*shape, A): standard Gumbel for Discrete actions, standard normal for Box."""
+        return -torch.empty(*shape, self.act_dim).exponential_().log() if self.discrete else torch.randn(*shape, self.act_dim)
+
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions at obs (…, D): drawn from pi by `noise` (…, A), by Gumbel-max for Discrete; the most likely ones where noise is None."""
+        out = self.pi(self.normalize(obs))
+        if noise is not None:
+            out = out + (noise if self.log_std is None else noise * self.log_std.exp())
+        return out.argmax(-1) if self.discrete else out
+
+    def logp(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(act|obs) and the entropy of pi(.|obs), for *normalised* observations."""
+        out = self.pi(obs)
+        return categorical_logp(out, act) if self.log_std is None else gaussian_logp(out, self.log_std, act)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """v (…,), for *normalised* observations."""
+        return self.v(obs).squeeze(-1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        return obs if self.norm is None else self.norm(obs)

@@ -1,0 +1,292 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from onetorch.generative import gpt
+from onetorch.runs import plan
+from onetorch.runs.errors import NonFinite, UsageError
+from onetorch.runs.run import Run
+
+TINY = gpt.Config(
+    steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, warmup=2, eval_every=4, eval_windows=4, rotary_base=30.0
+)
+PLAN = "threads=1,dtype=float32,attention=explicit"
+
+
+def model_with_weights(config: gpt.Config = TINY, seed: int = 0) -> gpt.GPT:
+    """A model no matrix of which is zero, as after some training."""
+    torch.manual_seed(seed)
+    model = gpt.build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def text_file(folder: Path, size: int = 6000) -> Path:
+    words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not ", "that ", "is ", "the ", "question.\n"], size)
+    (folder / "text.txt").write_text("".join(words)[:size], encoding="utf-8")
+    return folder / "text.txt"
+
+
+def start(config: gpt.Config, folder: Path) -> Run:
+    return Run(folder, config, fixed=plan.parse(PLAN), quiet=True)
+
+
+def test_the_future_does_not_change_the_past() -> None:
+    model, window = model_with_weights(), tokens(2, 16)
+    before = model(window)
+    for t in (0, 5, 15):
+        changed = window.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % 256
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.isclose(after[:, t:], before[:, t:]).all(-1).any()
+
+
+def test_every_byte_of_the_window_reaches_the_last_logits() -> None:
+    model, window = model_with_weights(), tokens(1, 16)
+    before = model(window)[0, -1]
+    for t in range(16):
+        changed = window.clone()
+        changed[:, t] = (changed[:, t] + 1) % 256
+        assert not torch.equal(model(changed)[0, -1], before), t
+
+
+def test_rotary_products_depend_on_the_distance_alone() -> None:
+    model = gpt.build(TINY)
+    q, k = torch.randn(2, 8)  # D = 8
+    x = torch.stack([q, k]).expand(1, 16, 1, 2, 8)  # heads 0 and 1 hold q and k at every position
+    turned = gpt.rotate(x, model.rotary)[0, :, 0]  # (T, 2, D)
+    scores = turned[:, 0] @ turned[:, 1].T  # (T, T): q at t times k at s
+    for lag in (-3, 0, 5):
+        assert torch.allclose(scores.diagonal(lag), scores.diagonal(lag)[:1].expand(16 - abs(lag)), atol=1e-5)
+    assert scores[0, 0].item() == pytest.approx((q @ k).item(), abs=1e-5)
+    # At position 1 the first pair (x_0, x_4) turns by one radian.
+    assert turned[1, 0, 0].item() == pytest.approx((q[0] * math.cos(1) - q[4] * math.sin(1)).item(), abs=1e-5)
+    assert turned[1, 0, 4].item() == pytest.approx((q[4] * math.cos(1) + q[0] * math.sin(1)).item(), abs=1e-5)
+
+
+def test_a_block_is_the_formula_written_out() -> None:
+    model, x = model_with_weights(), torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(2))
+    block = model.blocks[0]
+    with torch.no_grad():
+        found = block(x, model.rotary[:, :3], model.mask[:3, :3], False)
+
+        def normalized(v: Tensor) -> Tensor:
+            return (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
+
+        def turned(v: Tensor, t: int) -> Tensor:
+            out = v.clone()
+            for i in range(4):
+                a = t * 30.0 ** (-2 * i / 8)
+                out[i], out[i + 4] = v[i] * math.cos(a) - v[i + 4] * math.sin(a), v[i + 4] * math.cos(a) + v[i] * math.sin(a)
+            return out
+
+        expected = []
+        for t in range(3):
+            parts = []
+            for h in range(2):
+                rows = [block.qkv.weight @ normalized(x[0, s]) for s in range(t + 1)]
+                q, *_ = [turned(normalized(rows[t][8 * h : 8 * h + 8]), t)]
+                ks = [turned(normalized(r[16 + 8 * h : 24 + 8 * h]), s) for s, r in enumerate(rows)]
+                weight = torch.softmax(torch.stack([q @ k for k in ks]) * 1.4 / math.sqrt(8), 0)
+                parts.append(sum(w * r[32 + 8 * h : 40 + 8 * h] for w, r in zip(weight, rows, strict=True)))
+            y = x[0, t] + block.out.weight @ torch.cat(parts)
+            expected.append(y + block.down.weight @ torch.relu(block.up.weight @ normalized(y)) ** 2)
+    assert torch.allclose(found[0], torch.stack(expected), atol=1e-4)
+
+
+def test_both_attention_paths_agree() -> None:
+    model, window = model_with_weights(), tokens(3, 16)
+    explicit = model(window)
+    model.sdpa = True
+    assert torch.allclose(model(window), explicit, atol=1e-4)
+
+
+def test_bfloat16_changes_the_loss_little_and_keeps_float32_weights_and_gradients() -> None:
+    model, window = model_with_weights(), tokens(8, 17)
+    loss = gpt.nll(model, window).mean()
+    model.dtype = torch.bfloat16
+    low = gpt.nll(model, window).mean()
+    low.backward()
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(loss.item(), rel=0.02)
+    assert {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_the_untrained_model_is_uniform() -> None:
+    assert torch.equal(gpt.build(TINY)(tokens(2, 16)), torch.zeros(2, 16, 256))  # the head begins at zero
+    assert gpt.nll(gpt.build(TINY), tokens(2, 17)).tolist() == [pytest.approx([math.log(256)] * 16)] * 2
+
+
+def test_loss_by_hand() -> None:
+    # Logits ln 3 for byte 65 and 0 for the other 255, whatever came before.
+    class Fixed(torch.nn.Module):
+        def forward(self, window: Tensor) -> Tensor:
+            logits = torch.zeros(*window.shape, 256)
+            logits[..., 65] = math.log(3.0)
+            return logits
+
+    window = torch.tensor([[1, 65, 65, 2]])
+    expected = [-math.log(3 / 258), -math.log(3 / 258), -math.log(1 / 258)]
+    assert gpt.nll(Fixed(), window).tolist() == [pytest.approx(expected)]  # type: ignore[arg-type]
+
+
+def test_hashed_ngrams_depend_on_their_own_bytes_alone() -> None:
+    model = gpt.build(TINY)
+    model.config = replace(TINY, ngram_orders=(2, 4), ngram_rows=10**9)  # the table of so many rows is not needed for its row numbers
+    a, b = torch.tensor([[7, 8, 9, 1, 2, 3, 4]]), torch.tensor([[0, 1, 2, 3, 4]])
+    rows_a, rows_b = model.hashed(a), model.hashed(b)
+    assert rows_a.shape == (1, 7, 2)
+    assert torch.equal(rows_a[0, 6], rows_b[0, 4])  # both end in 1 2 3 4
+    assert rows_a[0, 4, 0] == rows_b[0, 2, 0]  # both end in 1 2 …
+    assert rows_a[0, 4, 1] != rows_b[0, 2, 1]  # … after 8 9, and after the beginning and 0
+    assert len(set(model.hashed(tokens(64, 16)).flatten().tolist())) > 1900  # 2048 n-grams, few of them equal, hardly any collision
+
+
+def test_parameters_are_shared_out_among_the_optimizers() -> None:
+    model = gpt.build(TINY)
+    held = [id(p) for o in gpt.optimizers(model, TINY) for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_schedule_by_hand() -> None:
+    config = replace(TINY, steps=10, warmup=2, decay=0.4)
+    assert [gpt.schedule(s, config) for s in range(1, 11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_score_is_the_mean_over_every_byte_but_the_first() -> None:
+    model, text = model_with_weights(), tokens(16 * 5 + 4).numpy().astype(np.uint8)  # 5 windows and one of 3
+    with torch.no_grad():
+        losses = [gpt.nll(model, torch.from_numpy(text[i : i + 17].astype(np.int64))[None])[0] for i in range(0, 83, 16)]
+    assert [len(x) for x in losses] == [16] * 5 + [3]
+    loss, se, count = gpt.score(model, text)
+    assert count == 83
+    assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    m, w = np.array([x.mean().item() for x in losses]), np.array([16] * 5 + [3]) / 83
+    assert se == pytest.approx(math.sqrt(6 / 5 * np.sum(w**2 * (m - w @ m) ** 2)), rel=1e-3)
+
+
+def test_samples_follow_prompt_temperature_and_generator() -> None:
+    model = model_with_weights()
+    greedy = gpt.generate(model, b"ab", 20, torch.Generator(), rows=2, temperature=0)
+    assert greedy[0] == greedy[1]
+    assert greedy[0][:2] == b"ab"
+    assert len(greedy[0]) == 22
+    window = torch.tensor([list(greedy[0][4:20])])  # the last step sees the last 16 bytes only
+    assert model(window)[0, -1].argmax() == greedy[0][20]
+    drawn = [gpt.generate(model, b"a", 9, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ValueError, match="prompt"):
+        gpt.generate(model, b"", 3, torch.Generator())
+
+
+@pytest.mark.parametrize("wrong", [
+    {"steps": 0}, {"batch": -1}, {"width": 18}, {"lr_matrix": 0.0}, {"lr_head": math.inf}, {"momentum": 1.0}, {"decay": 0.0}, {"ngram_orders": (1,)},
+    {"rotary_base": 1.0}, {"eval_windows": 1},
+])  # fmt: skip
+def test_wrong_configs_are_named(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        gpt.Config(**wrong)
+
+
+def test_training_learns_and_evaluates(tmp_path: Path) -> None:
+    config = replace(TINY, data=text_file(tmp_path), steps=60, eval_every=20)
+    with start(config, tmp_path / "run") as run:
+        model = gpt.train(config, run)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 61))
+    assert rows[0]["loss"] == pytest.approx(math.log(256), rel=1e-4)
+    assert rows[-1]["loss"] < 2.2  # eight words of 20 letters in any order
+    assert [r["step"] for r in rows if "val_bpb" in r] == [20, 40, 60]
+    assert rows[-1]["val_bpb"] == pytest.approx(rows[-1]["val_loss"] / math.log(2))
+    results = gpt.evaluate(model, config, media=tmp_path, samples=2, length=30, prompt="to ")
+    assert results["bytes"] == 599
+    assert results["bpb"] == pytest.approx(rows[-1]["val_bpb"], abs=5 * rows[-1]["val_bpb_se"])
+    assert 0 < results["ngram_bpb"] < 3  # type: ignore[operator]
+    samples = (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    assert samples.count("--- sample") == 2
+    assert "--- sample 2 ---\nto " in samples
+
+
+def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real = replace(TINY, data=text_file(tmp_path)), gpt.nll
+    calls: list[gpt.GPT] = []
+
+    def broken(model: gpt.GPT, window: Tensor) -> Tensor:
+        calls.append(model)
+        return real(model, window) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(gpt, "nll", broken)
+    with pytest.raises(NonFinite, match="loss is nan in iteration 3"), start(config, tmp_path / "run") as run:
+        gpt.train(config, run)
+    assert all(p.isfinite().all() for p in calls[0].parameters())
+
+
+def test_no_data_is_one_line(tmp_path: Path) -> None:
+    config = replace(TINY, data=tmp_path / "nothing.txt")
+    with pytest.raises(UsageError, match=r"nothing\.txt: there is no such file"), start(config, tmp_path / "run") as run:
+        gpt.train(config, run)
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from onetorch.generative import gpt
+from onetorch.runs import folder, plan
+from onetorch.runs.run import Run
+
+where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
+config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4)
+run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
+save = run.checkpoint
+def checkpoint(state):
+    save(state)
+    if state.iteration == stop:
+        os._exit(9)  # as if killed: nothing is flushed or closed
+run.checkpoint = checkpoint
+with run:
+    gpt.train(config, run)
+"""
+
+
+def test_four_steps_are_two_steps_a_new_process_and_two_steps(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+
+    def process(name: str, stop: int, how: str) -> int:
+        return subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / name, text, str(stop), how], check=False).returncode
+
+    assert process("whole", 0, "new") == 0
+    assert process("parts", 2, "new") == 9
+    assert process("parts", 0, "resume") == 0
+    weights = [(tmp_path / name / "checkpoints" / "00000004" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    for row in rows[0] + rows[1]:
+        del row["seconds"], row["cpu_seconds"]
+    assert len(rows[0]) == 4
+    assert rows[0] == rows[1]
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
+    config = replace(TINY, data=text_file(tmp_path))
+    with start(config, tmp_path / "run") as run:
+        gpt.train(config, run)
+    assert config.data is not None
+    config.data.write_bytes(config.data.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"the text is not the one this run was begun with"):
+        with Run(tmp_path / "run", config, resume=True, quiet=True) as run:
+            gpt.train(config, run)

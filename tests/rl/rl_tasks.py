@@ -1,0 +1,83 @@
+"""Small environments with a known answer or a known fault, importable by worker processes too."""
+
+import os
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class Task(gymnasium.Env):
+    """Constant observation, reward 1, never ends by itself; subclasses change one thing each."""
+
+    observation_space: gymnasium.Space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space: gymnasium.Space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self.look(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return self.look(), 1.0, False, False, {}
+
+    def look(self) -> Any:
+        return np.ones(1, np.float32)
+
+
+class NaNObservation(Task):
+    def look(self) -> Any:
+        return np.full(1, np.nan if self.count == 3 else 0.0, np.float32)
+
+
+class InfiniteReward(Task):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, np.inf, *rest  # type: ignore[return-value]
+
+
+class Chance(Task):
+    """Not deterministic under its seed."""
+
+    def look(self) -> Any:
+        return np.frombuffer(os.urandom(1), np.uint8).astype(np.float32)
+
+
+class Raises(Task):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        raise RuntimeError("the wheel came off")
+
+
+class DiscreteObservation(Task):
+    observation_space = gymnasium.spaces.Discrete(16)
+
+
+class ManyActions(Task):
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+
+class Noisy(Task):
+    """Prints where only answers may stand, draws from its seeded generator, takes actions from -1 to 1, and looks like a picture."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (2, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(3, start=-1)
+
+    def look(self) -> Any:
+        print("noise")  # noqa: T201
+        return self.np_random.integers(0, 256, (2, 3), np.uint8)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert action in (-1, 0, 1)
+        self.count += 1
+        return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
+
+
+LIMIT = 5  # steps until TimeLimit cuts Trap-v0
+if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second time, to look for doctests in it
+    gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
+    gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
+    gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
+    gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
+    for kind in (NaNObservation, InfiniteReward, Chance, Raises, DiscreteObservation, ManyActions):
+        gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

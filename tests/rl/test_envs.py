@@ -1,0 +1,245 @@
+"""Environments: the native one against Gymnasium bit for bit, exact resume by replay, and every wrong input by name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import rl_tasks
+import torch
+
+from onetorch.rl import envs
+from onetorch.rl.envs import ActionMap, CartPole
+from onetorch.runs.errors import RunError, UsageError
+
+
+def balance(obs: torch.Tensor) -> torch.Tensor:
+    """A controller that keeps the pole up for more than 500 steps."""
+    return (obs @ torch.tensor([0.05, 0.2, 1.0, 0.4]) > 0).long()
+
+
+def test_cartpole_has_the_bits_of_gymnasium() -> None:
+    N = 6
+    ours, theirs = CartPole(N, seed=3), [gymnasium.make("CartPole-v1") for _ in range(N)]
+    rng = np.random.default_rng(0)
+
+    def take_over(i: int) -> None:
+        theirs[i].reset(seed=0)
+        theirs[i].unwrapped.state = ours.state[:, i].copy()  # type: ignore[attr-defined]
+
+    for i in range(N):
+        take_over(i)
+    ends = {"terminated": 0, "truncated": 0}
+    for _ in range(1100):
+        act = balance(ours.obs)
+        act[:3] = torch.from_numpy(rng.integers(0, 2, 3))
+        next_obs, reward, terminated, truncated = ours.step(act)
+        for i, env in enumerate(theirs):
+            obs, r, term, trunc, _ = env.step(int(act[i]))
+            assert next_obs[i].numpy().tobytes() == obs.tobytes()
+            assert (reward[i].item(), terminated[i].item(), truncated[i].item()) == (r, term, trunc)
+            if term or trunc:
+                ends["terminated" if term else "truncated"] += 1
+                take_over(i)
+    assert ends["terminated"] > 50
+    assert ends["truncated"] == 6  # three environments, twice 500 steps
+    assert ours.episodes.recent.count(500.0) == 6
+    assert ours.episodes.finished == sum(ends.values())
+
+
+def test_cartpole_begins_uniformly_between_plus_and_minus_a_twentieth() -> None:
+    obs = CartPole(50_000, seed=0).obs
+    assert obs.abs().max().item() <= 0.05
+    torch.testing.assert_close(obs.mean(0), torch.zeros(4), atol=6e-4, rtol=0)  # 4 standard errors: 0.1 / sqrt(12) / sqrt(50000) * 4
+    torch.testing.assert_close(obs.std(0), torch.full((4,), 0.1 / 12**0.5), atol=3e-4, rtol=0)
+
+
+def test_cartpole_agrees_with_the_gymnasium_backend() -> None:
+    """The same policy lives as long in both (they draw different beginnings)."""
+
+    def mean_length(backend: str) -> float:
+        batch = envs.make("CartPole-v1", 16, 0, backend)
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(600):
+            batch.step(torch.randint(2, (16,), generator=rng))
+        assert batch.episodes.finished > 300
+        return batch.episodes.mean_return() or 0.0
+
+    assert mean_length("native") == pytest.approx(22.2, abs=4)  # random play lasts 22.2 steps, with a standard deviation of 12 an episode
+    assert mean_length("sync") == pytest.approx(22.2, abs=4)
+
+
+def play(batch: envs.Envs, steps: int, seed: int) -> list[torch.Tensor]:
+    rng, out = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        n, spaces = batch.num_envs, batch.spaces
+        act = torch.randint(spaces.act_dim, (n,), generator=rng) if spaces.discrete else torch.randn(n, spaces.act_dim, generator=rng)
+        out += [*batch.step(act), batch.obs]
+    return out
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+SYNC = [(env, "sync") for env in ("CartPole-v1", "Pendulum-v1", "Noisy-v0")]
+CASES = [("CartPole-v1", "native"), *SYNC, ("Noisy-v0", "processes"), ("HalfCheetah-v5", "processes")]
+
+
+@pytest.mark.parametrize(("env", "backend"), CASES)
+def test_resume_continues_bit_for_bit(env: str, backend: str) -> None:
+    if env == "HalfCheetah-v5":
+        pytest.importorskip("mujoco")
+    first, second = (envs.make(env, 3, seed, backend) for seed in (1, 2))
+    play(first, 47, seed=0)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.obs, second.obs)
+    assert same(play(first, 60, seed=5), play(second, 60, seed=5))
+    assert first.episodes.recent == second.episodes.recent
+    assert np.array_equal(first.episodes.running, second.episodes.running)
+    assert np.array_equal(first.episodes.length, second.episodes.length)
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("env", ["Noisy-v0", "Pendulum-v1"])
+def test_backends_give_the_same_bits(env: str) -> None:
+    sync, processes = envs.make(env, 5, 0, "sync"), envs.make(env, 5, 0, "processes")
+    assert torch.equal(sync.obs, processes.obs)
+    assert same(play(sync, 70, seed=1), play(processes, 70, seed=1))
+    processes.close()
+
+
+def test_environments_differ_from_each_other_and_by_seed() -> None:
+    a, b, again = (envs.make("Pendulum-v1", 4, seed, "sync").obs for seed in (0, 1, 0))
+    assert torch.equal(a, again)
+    assert len({tuple(row.tolist()) for row in torch.cat((a, b))}) == 8
+
+
+def test_time_limit_is_truncation_and_the_final_observation_is_kept() -> None:
+    batch = envs.make("Pendulum-v1", 2, 0, "sync")
+    for t in range(1, 202):
+        before = batch.obs
+        next_obs, reward, terminated, truncated = batch.step(torch.zeros(2, 1))
+        assert not terminated.any()
+        assert truncated.tolist() == [t == 200] * 2
+        assert (not torch.equal(batch.obs, next_obs)) == (t == 200)
+        assert torch.equal(next_obs.abs() <= torch.tensor([1.0, 1.0, 8.0]), torch.ones(2, 3, dtype=torch.bool))
+        assert (next_obs.dtype, reward.dtype, terminated.dtype, next_obs.shape, reward.shape) == (torch.float32, torch.float32, torch.bool, (2, 3), (2,))
+        assert before is not batch.obs
+    assert batch.episodes.finished == 2
+
+
+def test_actions_are_mapped_onto_the_bounds() -> None:
+    bounded = ActionMap(gymnasium.spaces.Box(np.array([0.0, -2.0], np.float32), np.array([1.0, 2.0], np.float32)))
+    assert bounded(torch.tensor([[-1.0, -1.0], [0.0, 0.5], [3.0, -9.0]])).tolist() == [[0.0, -2.0], [0.5, 1.0], [1.0, -2.0]]
+    free = ActionMap(gymnasium.spaces.Box(np.array([-np.inf, 0.0], np.float32), np.array([np.inf, np.inf], np.float32)))
+    assert free(torch.tensor([[7.0, -3.0]])).tolist() == [[7.0, 0.0]]
+    assert ActionMap(gymnasium.spaces.Discrete(3, start=-1))(torch.tensor([0, 1, 2])).tolist() == [-1, 0, 1]
+    assert ActionMap(gymnasium.spaces.Box(-2, 2, (2, 2)))(torch.zeros(5, 4)).shape == (5, 2, 2)
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_environment_that_is_not_deterministic_cannot_be_resumed(backend: str) -> None:
+    batch = envs.make("Chance-v0", 8, 0, backend)
+    batch.step(torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"Chance-v0 number \d did not come back .* not deterministic"):
+        batch.load_state_dict(batch.state_dict())
+    batch.close()
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_nan_and_infinity_name_the_environment_and_the_step(backend: str) -> None:
+    batch = envs.make("NaNObservation-v0", 2, 0, backend)
+    act = torch.zeros(2, dtype=torch.int64)
+    batch.step(act)
+    batch.step(act)
+    with pytest.raises(RunError, match=r"NaNObservation-v0 number 0 gave the observation \[nan\] at step 3 of episode 0"):
+        batch.step(act)
+    batch.close()
+    batch = envs.make("InfiniteReward-v0", 2, 0, backend)
+    with pytest.raises(RunError, match="gave the reward inf at step 1"):
+        batch.step(act)
+    batch.close()
+
+
+def test_what_an_environment_raises_in_a_worker_is_told() -> None:
+    batch = envs.make("Raises-v0", 1, 0, "processes")
+    with pytest.raises(RunError, match="a worker process of Raises-v0 failed: RuntimeError: the wheel came off"):
+        batch.step(torch.zeros(1, dtype=torch.int64))
+    batch.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("CartPol-v1", r"unknown environment 'CartPol-v1'; nearest: CartPole-v1"),
+        ("halfcheetah-v5", r"nearest: HalfCheetah-v5"),
+        ("nothing like it", r"unknown environment 'nothing like it'"),
+        ("DiscreteObservation-v0", r"observation space Discrete\(16\); supported: Box$"),
+        ("ManyActions-v0", r"action space MultiDiscrete\(\[2 3\]\); supported: Box, Discrete$"),
+        ("MissingPackage-v0", r"needs a package that is not installed .*pip install 'onetorch\[rl\]'"),
+    ],
+)
+def test_what_cannot_be_made_is_named_in_one_line(env: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        envs.make(env, 1, 0, "sync")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        envs.make("CartPole-v1", 0, 0)
+    with pytest.raises(ValueError, match="native, sync, processes, got 'thread'"):
+        envs.make("CartPole-v1", 1, 0, "thread")
+    with pytest.raises(ValueError, match="3 environments were saved, 2 are here"):
+        envs.make("Pendulum-v1", 2, 0, "sync").load_state_dict(envs.make("Pendulum-v1", 3, 0, "sync").state_dict())
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys, time\n"
+        "from onetorch.rl import envs\n"
+        "batch = envs.make('Pendulum-v1', 2, 0, 'processes')\n"
+        "print(*(group.process.pid for group in batch.groups), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | path)
+    assert parent.stdout is not None
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert workers
+    assert all(alive(pid) for pid in workers)
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)  # what reaches a whole process group must not end a worker before its parent
+    time.sleep(0.2)
+    assert all(alive(pid) for pid in workers)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"  # an orphan waits for init to be reaped
+    except FileNotFoundError:
+        return not Path("/proc").is_dir()
+
+
+def test_tasks_are_registered() -> None:
+    assert gymnasium.spec("Trap-v0").max_episode_steps == rl_tasks.LIMIT

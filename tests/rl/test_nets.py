@@ -1,0 +1,95 @@
+"""Distributions against torch.distributions, and running moments against those of all the data."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from onetorch.rl.envs import Spaces
+from onetorch.rl.nets import ActorCritic, RunningNorm, categorical_logp, gaussian_logp, mlp
+
+
+def test_categorical_against_torch_distributions() -> None:
+    torch.manual_seed(0)
+    logits, act = 3 * torch.randn(50, 5), torch.randint(5, (50,))
+    logp, entropy = categorical_logp(logits, act)
+    reference = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logp, reference.log_prob(act))
+    torch.testing.assert_close(entropy, reference.entropy())
+
+
+def test_gaussian_against_torch_distributions() -> None:
+    torch.manual_seed(0)
+    mean, log_std, act = torch.randn(50, 3), torch.tensor([-2.0, 0.0, 1.0]), torch.randn(50, 3)
+    logp, entropy = gaussian_logp(mean, log_std, act)
+    reference = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    torch.testing.assert_close(logp, reference.log_prob(act))
+    torch.testing.assert_close(entropy.expand(50), reference.entropy())
+
+
+def test_gaussian_by_hand() -> None:
+    logp, _ = gaussian_logp(torch.zeros(1, 1), torch.tensor([math.log(2.0)]), torch.tensor([[2.0]]))
+    assert logp.item() == pytest.approx(-0.5 - math.log(2.0) - 0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_actions_follow_pi(discrete: bool) -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(Spaces(3, 4, discrete), (8,), "tanh", log_std=-1.0)
+    with torch.no_grad():
+        model.pi[-1].weight.mul_(100)  # away from the uniform start
+        obs = torch.randn(3)
+        act = model.act(obs.expand(100_000, 3), model.noise(100_000))
+        out = model.pi(obs)
+        if discrete:
+            share = torch.bincount(act, minlength=4) / len(act)
+            torch.testing.assert_close(share, out.softmax(-1), atol=0.006, rtol=0)  # 4 standard errors of a share near 1/2
+        else:
+            torch.testing.assert_close(act.mean(0), out, atol=0.006, rtol=0)
+            torch.testing.assert_close(act.std(0), torch.full((4,), math.exp(-1.0)), atol=0.004, rtol=0)
+        assert torch.equal(model.act(obs, None), out.argmax(-1) if discrete else out)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_gradients_reach_every_weight_and_only_its_own_net(discrete: bool) -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(Spaces(3, 2, discrete), (8, 8), "silu")
+    obs, act = torch.randn(16, 3), torch.randint(2, (16,)) if discrete else torch.randn(16, 2)
+    logp, _ = model.logp(obs, act)
+    logp.sum().backward()
+    pi = [*model.pi.parameters(), *([] if model.log_std is None else [model.log_std])]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pi)
+    assert all(p.grad is None for p in model.v.parameters())
+    model.value(obs).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.v.parameters())
+
+
+def test_first_policy_is_nearly_uniform() -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(Spaces(4, 3, True), (64, 64), "tanh")
+    _, entropy = model.logp(torch.randn(100, 4), torch.zeros(100, dtype=torch.int64))
+    assert entropy.min().item() > math.log(3) - 1e-3
+
+
+def test_mlp_layers() -> None:
+    net = mlp((5, 7, 2), nn.ReLU, out_gain=0.5)
+    assert [type(layer) for layer in net] == [nn.Linear, nn.ReLU, nn.Linear]
+    first, last = net[0], net[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    torch.testing.assert_close(first.weight.T @ first.weight, 2 * torch.eye(5))  # orthonormal columns times sqrt(2)
+    torch.testing.assert_close(last.weight @ last.weight.T, 0.25 * torch.eye(2))
+    assert first.bias.abs().sum() == 0
+
+
+def test_running_norm_has_the_moments_of_all_rows() -> None:
+    torch.manual_seed(0)
+    norm, data = RunningNorm(3), torch.randn(1000, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([0.0, 5.0, -3.0])
+    probe = torch.tensor([[20.0, -20.0, 1.0]])
+    assert norm(probe).tolist() == [[10.0, -10.0, 1.0]]  # the identity, up to the clip, before any data
+    for part in data.split([1, 499, 500]):
+        norm.update(part)
+    torch.testing.assert_close(norm.mean, data.double().mean(0))
+    torch.testing.assert_close(norm.var, data.double().var(0, correction=0))
+    torch.testing.assert_close(norm(data).std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
