@@ -18,6 +18,7 @@ from onetorch.runs.stats import Array, Estimate
 
 CLOCKS = ("step", "seconds", "cpu_seconds")
 SMALLER_IS_BETTER = ("loss", "error", "bits", "nll", "perplexity", "kl", "fid", "mse", "divergence", "regret", "seconds")
+VALUES = 30  # of a field up to which each is held against one of them
 TAIL = 0.1  # the last tenth of a run's rows makes its final value
 
 
@@ -53,7 +54,12 @@ class Entry:
         return self.config.get("seed")
 
     def outcome(self, y: str) -> float | None:
-        """What the run reached in `y`: the number its evaluation recorded, else the mean of the last tenth of the logged values, else None."""
+        """What the run reached in `y`: the number its evaluation recorded, else the mean of the last tenth of the logged values.
+
+        None where it has no such quantity, and for a run that is not done: half a training is no result.
+        """
+        if self.status != "done":
+            return None
         value = self.record["result"].get(y)
         if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
             return float(value)
@@ -130,22 +136,30 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _columns(path: Path) -> dict[str, Column]:
-    found: dict[str, tuple[list[float], list[float], list[float]]] = {}
+    # Rows of the same names are taken apart together: the work of an interpreter is by column, not by number.
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in _rows(path):
-        step, seconds = row["step"], row.get("seconds", 0.0)
-        for name, value in row.items():
-            if name not in CLOCKS and type(value) in (int, float):
-                steps, times, values = found.setdefault(name, ([], [], []))
-                steps.append(step)
-                times.append(seconds)
-                values.append(value)
-    try:
-        arrays = {name: np.array(parts, dtype=np.float64) for name, parts in found.items()}
-    except OverflowError as error:
-        raise RunError(f"{path / 'metrics.jsonl'} is damaged: it holds a number that no float can be") from error
-    # A run never writes these; a file from elsewhere may hold them, and one would empty a whole plot.
-    arrays = {name: part[:, np.isfinite(part).all(0)] for name, part in arrays.items()}
-    return {name: Column(*part[:, np.argsort(part[0], kind="stable")]) for name, part in arrays.items() if part.size}
+        alike.setdefault(tuple(row), []).append(row)
+    found: dict[str, list[tuple[list[Any], list[Any], list[Any]]]] = {}
+    for names, rows in alike.items():
+        for name in names:
+            if name in CLOCKS:
+                continue
+            kept = rows
+            if not {type(row[name]) for row in rows} <= {int, float}:
+                kept = [row for row in rows if type(row[name]) in (int, float)]
+            found.setdefault(name, []).append(([row["step"] for row in kept], [row.get("seconds", 0.0) for row in kept], [row[name] for row in kept]))
+    columns = {}
+    for name, parts in found.items():
+        try:
+            joined = np.concatenate([np.array(part, dtype=np.float64) for part in parts], axis=1)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise RunError(f"{path / 'metrics.jsonl'} is damaged: it holds a number that no float can be ({error})") from error
+        # A run never writes infinities; a file from elsewhere may hold them, and one would empty a whole plot.
+        joined = joined[:, np.isfinite(joined).all(0)]
+        if joined.size:
+            columns[name] = Column(*joined[:, np.argsort(joined[0], kind="stable")])
+    return columns
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +209,7 @@ def group(entries: list[Entry], notes: Sequence[str] = ()) -> Comparison:
     made = []
     for members, head in zip(groups.values(), heads, strict=True):
         values = {n: head[n] for n in varying if n in head}
-        name = " ".join(show(v) if n == "algorithm" else f"{n}={show(v)}" for n, v in values.items())
+        name = " ".join(show(v) if n == "algorithm" else f"{n}={_short(v)}" for n, v in values.items())
         made.append(Group(name or str(members[0].record.get("recipe", members[0].name)), values, tuple(sorted(members, key=lambda e: _order(e.seed)))))
     made.sort(key=lambda g: [_order(g.values.get(n)) for n in varying])
     names: dict[str, int] = {}
@@ -212,6 +226,10 @@ def _order(value: Any) -> list[tuple[int, float, str]]:
         return [(0, float(value), "")]
     words = re.split(r"(\d+(?:\.\d+)?)", json.dumps(value))
     return [(1, float(word), "") if place % 2 else (2, 0.0, word) for place, word in enumerate(words)]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else show(value)
 
 
 def show(value: Any, width: int = 40) -> str:
@@ -326,7 +344,7 @@ def effects(comparison: Comparison, y: str) -> tuple[list[Effect], list[str]]:
         told = False
         for key in sorted(often[1:], key=lambda k: _order(values[k])):
             blocks = [(cell[often[0]], cell[key]) for cell in cells.values() if key in cell and often[0] in cell]
-            if blocks and len(values) <= 12:
+            if blocks and len(values) <= VALUES:
                 found.append(Effect(name, values[often[0]], values[key], stats.difference(blocks), len(blocks)))
                 told = True
         numbers = [(s[name], o.mean()) for s, o in groups if type(s.get(name)) in (int, float)]

@@ -78,7 +78,8 @@ def _panel(axes: Any, comparison: Comparison, y: str, clock: str) -> list[str]:
                 points = thin(column, POINTS)
                 alone = len(columns) == 1
                 faint = 0.35 if len(comparison.entries) <= 10 else 0.15
-                axes.plot(points.x(clock), points.values, color=color, linewidth=1.4 if alone else 0.6, alpha=1 if alone else faint, label=label if alone else None)
+                width, alpha = (1.4, 1.0) if alone else (0.6, faint)
+                axes.plot(points.x(clock), points.values, color=color, linewidth=width, alpha=alpha, label=label if alone else None)
         if len(columns) == 1:
             continue
         shared = on_grid(columns, clock, GRID)
