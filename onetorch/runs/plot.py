@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from onetorch.runs import stats
+from onetorch.runs import folder, stats
 from onetorch.runs.compare import Comparison, main_result, on_grid, quantities, thin
 from onetorch.runs.errors import UsageError
 
@@ -59,8 +59,11 @@ def draw(comparison: Comparison, out: Path, *, clocks: Sequence[str] = ("steps",
         figure.supxlabel(note, fontsize=8, color="#666666")
     elif len(groups) == 1:
         figure.supxlabel("one seed: nothing is known of the spread", fontsize=8, color="#666666")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
+    except OSError as error:
+        raise UsageError(folder.explain(error, out)) from error
     return remarks
 
 
