@@ -215,6 +215,8 @@ def _resolve(target: str, flags: Flags) -> Resolved:
             values[field] = configs.parse(text, kinds[field])
         except ValueError as error:
             raise UsageError(f"--{field}: {error}") from error
+        if isinstance(values[field], Path):
+            values[field] = values[field].absolute()  # the run may be resumed and evaluated from elsewhere
         origin[field] = "command line"
         given += [f"--{field}", text]
     return Resolved(name, source, configs.replace(base, values), origin, given)

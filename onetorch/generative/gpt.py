@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onetorch.generative import data, ngram, sampling
+from onetorch.runs import provenance
+from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
 BYTES = 256
@@ -37,17 +39,17 @@ class Config:
     data: Path | None = None  # a text file or a folder of text files; none: the source of Python's standard library
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last tenth; or, to choose settings, on the tenth before it, untrained too
     seed: int = 0  # of weights and batches
-    steps: int = 2000  # optimizer steps
-    batch: int = 24  # windows in a step
+    steps: int = 1000  # optimizer steps
+    batch: int = 16  # windows in a step
     context: int = 256  # bytes in a window
-    layers: int = 4  # transformer blocks
-    heads: int = 4  # attention heads in a block
-    width: int = 256  # of the residual stream; a multiple of 2 * heads
-    ngram_orders: tuple[int, ...] = (2, 3)  # lengths of the byte n-grams that are embedded too
-    ngram_rows: int = 16384  # rows of the table of hashed n-grams, shared by all orders
+    layers: int = 2  # transformer blocks
+    heads: int = 3  # attention heads in a block
+    width: int = 192  # of the residual stream; a multiple of 2 * heads
+    ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the byte n-grams that are embedded too
+    ngram_rows: int = 131_072  # rows of the table of hashed n-grams, shared by all orders
     ngram_width: int = 32  # columns of it
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
-    lr_matrix: float = 0.03  # Muon's step size: matrices of the blocks
+    lr_matrix: float = 0.04  # Muon's step size: matrices of the blocks
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
     momentum: float = 0.9  # Muon's
@@ -203,8 +205,8 @@ def train(config: Config, run: Run) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows}",
-        threads=(1, 2, 4),
         dtype=("float32", "bfloat16"),
+        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
         attention=("explicit", "sdpa"),
     )
     model = prepare(build(config), plan)
@@ -212,7 +214,7 @@ def train(config: Config, run: Run) -> GPT:
     digest = data.digest(text)
     state = run.restore(State(model, muon, adam, torch.Generator().manual_seed(config.seed), digest))
     if state.text != digest:
-        raise ValueError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+        raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
 
     for state.iteration in run.steps(state.iteration, config.steps):
         for group in muon.param_groups + adam.param_groups:
@@ -220,15 +222,18 @@ def train(config: Config, run: Run) -> GPT:
         window = data.batch(train_text, config.batch, config.context, state.generator).to(plan["device"])
         loss = nll(model, window).mean()
         loss.backward()
-        run.finite(loss=loss)
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        run.finite(loss=loss, grad_norm=grad_norm)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
-        evaluated = {}
+        evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             val_loss, val_se, _ = score(model, held_out, config.eval_windows)
             evaluated = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2), "val_bpb_se": val_se / math.log(2)}
-        run.log(state.iteration, loss=loss, **evaluated)
+        if state.iteration == config.steps:
+            evaluated["ngram_bpb"] = ngram.bits_per_byte(train_text, held_out)
+        run.log(state.iteration, loss=loss, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
     return model
 
@@ -240,9 +245,9 @@ def prepare(model: GPT, choice: dict) -> GPT:
 
 
 def trial(config: Config, choice: dict):
-    """One forward and backward pass under a choice of the speed plan."""
+    """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
     model = prepare(build(config), choice)
-    window = torch.randint(BYTES, (config.batch, config.context + 1), device=choice["device"])
+    window = torch.randint(BYTES, (-(-config.batch // 4), config.context + 1), device=choice["device"])
     return lambda: nll(model, window).mean().backward()
 
 
@@ -288,7 +293,15 @@ def evaluate(
     """Bits per byte on the held-out split with standard error, beside those of the count model; samples to media/samples.txt.
 
     windows: how many are scored, evenly spread; none: all. samples, length (bytes), prompt, temperature, top_k: of the text that is written.
+    Raises UsageError naming an option that is out of range.
     """
+    for name, value, least in (("windows", windows, 2), ("samples", samples, 1), ("length", length, 1), ("prompt's length", len(prompt), 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    try:
+        sampling.check(temperature, top_k)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     text = data.read(config.data)
     train_text, held_out = data.parts(text, config.context, config.held_out, config.data)
     loss, se, count = score(model, held_out, windows)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onetorch.generative.data import FRACTION, Text
+from onetorch.generative.data import FRACTION, Text, digest
 
 ORDERS = 8  # the highest order there can be
 LIMIT = 16 << 20  # bytes that are counted at most: the last ones, those next to the held-out text
@@ -111,9 +111,19 @@ class CountModel:
 def bits_per_byte(train: Text, held_out: Text) -> float:
     """What the count model needs on `held_out` (all bytes but the first, or 64 pieces where it is longer than SCORED) after counting `train`.
 
-    Its highest order is the best one for the last ninth of `train` (the tuning split), after counting the rest of it.
+    Its highest order is the best one for the last ninth of `train` (the tuning split), after counting the rest of it. Asked for the same texts again, it does
+    not count again.
     """
-    train = train[-LIMIT:]
+    key = (digest(train), digest(held_out))
+    if key not in _known:
+        _known[key] = _count_and_score(train[-LIMIT:], held_out)
+    return _known[key]
+
+
+_known: dict[tuple[str, str], float] = {}
+
+
+def _count_and_score(train: Text, held_out: Text) -> float:
     cut = len(train) - len(train) // (FRACTION - 1)
     order = 1 + int(np.argmin(_bits(CountModel(train[:cut], min(ORDERS, cut - 1)), train[cut:])))
     return float(_bits(CountModel(train, order), held_out)[-1])

@@ -50,8 +50,9 @@ def known() -> dict[str, Recipe]:
     for part in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{part.name}")
         named |= {r.name: r for r in vars(module).values() if isinstance(r, Recipe)}
-    plain = {name: Recipe(name, name, "", algorithm.read(name).doc, lambda Config: Config()) for name in algorithm.builtin() if name not in named}
-    order = list(algorithm.builtin())
+    files = algorithm.builtin()
+    plain = {name: Recipe(name, name, "", algorithm.headline(path), lambda Config: Config()) for name, path in files.items() if name not in named}
+    order = list(files)
     return dict(sorted((plain | named).items(), key=lambda item: (order.index(item[1].algorithm), item[0])))
 
 

@@ -71,6 +71,9 @@ class Config:
         for name in ("lr", "clip", "value_clip", "max_grad_norm", "target_kl"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("value_coef", "entropy_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -197,9 +200,10 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     sizes = (config.num_envs,) if config.num_envs else tuple(n for n in (64, 32, 16, 8, 4, 2, 1) if config.batch_size % n == 0 and config.batch_size // n >= 64)
     threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
-    key = f"ppo {config.env} {config.hidden} {config.batch_size} {config.minibatches}"
+    key = f"ppo {config.env} {config.hidden} {config.batch_size} {config.epochs} {config.minibatches}"
     plan = run.plan(measure, key=key, num_envs=sizes or (1,), backend=environments.backends(config.env), threads=threads)
-    T, N = config.batch_size // plan["num_envs"], plan["num_envs"]
+    N = plan["num_envs"]
+    T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))
 
     state = run.restore(begin(config, N, plan["backend"]))
@@ -219,10 +223,10 @@ def evaluate(
     model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, deterministic: bool = True
 ) -> dict[str, float | int | str]:
     """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `deterministic`: the likeliest actions, else drawn."""
-    torch.manual_seed(seed)
 
-    @torch.no_grad()
     def policy(obs: Tensor) -> Tensor:
         return model.act(obs, None if deterministic else model.noise(len(obs)))
 
-    return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)

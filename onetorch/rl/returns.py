@@ -44,11 +44,10 @@ def discounted_return(reward: Tensor, done: Tensor, gamma: float, last: Tensor) 
     tensor([3.0000, 2.5000, 1.0000])
     """
     _same_shape(reward=reward, done=done)
-    total, out = last, []
-    for r, ended in zip(reward, done, strict=True):
-        total = gamma * total + r
-        out.append(total)
-        total = total * ~ended
+    keep = (gamma * (~done).to(reward.dtype)).unbind()
+    out = [reward[0] + gamma * last]
+    for r, k in zip(reward.unbind()[1:], keep[:-1], strict=True):
+        out.append(torch.addcmul(r, k, out[-1]))
     return torch.stack(out)
 
 

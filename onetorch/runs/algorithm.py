@@ -70,6 +70,11 @@ def builtin() -> dict[str, Path]:
     return {p.stem: p for p, text in texts.items() if "\nclass Config" in text and "\ndef train(" in text}
 
 
+def headline(path: Path) -> str:
+    """The first line of the docstring of one of onetorch's own algorithm files, without parsing it."""
+    return path.read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0].strip(' "')
+
+
 def read(name_or_path: str | Path) -> Algorithm:
     """Read an algorithm by the name of one of onetorch's files (`"ppo"`) or by the path of a user's file (ending in `.py`)."""
     if isinstance(name_or_path, str) and not name_or_path.endswith(".py"):
@@ -144,8 +149,9 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
     evaluate = bound["evaluate"]
     if isinstance(evaluate, ast.FunctionDef):
         # Only the keyword-only options count here: their defaults and annotations are kept, the body and the rest of the signature are not.
-        evaluate = copy.deepcopy(evaluate)
-        evaluate.body, evaluate.decorator_list, evaluate.returns, evaluate.args.defaults = [ast.Pass()], [], None, []
+        evaluate = copy.copy(evaluate)
+        evaluate.body, evaluate.decorator_list, evaluate.returns, evaluate.args = [ast.Pass()], [], None, copy.deepcopy(evaluate.args)
+        evaluate.args.defaults = []
         for argument in evaluate.args.posonlyargs + evaluate.args.args + [a for a in evaluate.args.kwonlyargs if a.arg == "media"]:
             argument.annotation = None
         ast.fix_missing_locations(evaluate)
@@ -183,8 +189,14 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
 
 
 def _field_comments(text: str, config: ast.stmt) -> dict[str, str]:
-    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
     fields = [n for n in config.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)] if isinstance(config, ast.ClassDef) else []
+    if not fields:
+        return {}
+    first, last = fields[0].lineno, fields[-1].end_lineno or fields[-1].lineno
+    # In parentheses the indented lines are one expression, which ends where they end.
+    lines = io.StringIO("(\n" + "".join(text.splitlines(keepends=True)[first - 1 : last]) + "\n)")
+    tokens = tokenize.generate_tokens(lines.readline)
+    comments = {t.start[0] + first - 2: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
     return {n.target.id: comments.get(n.end_lineno or n.lineno, "") for n in fields if isinstance(n.target, ast.Name)}
 
 

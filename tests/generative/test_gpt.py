@@ -12,12 +12,13 @@ from torch import Tensor
 
 from onetorch.generative import gpt
 from onetorch.runs import plan
-from onetorch.runs.errors import NonFinite, UsageError
+from onetorch.runs.errors import NonFinite, RunError, UsageError
 from onetorch.runs.run import Run
 
 TINY = gpt.Config(
-    steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, warmup=2, eval_every=4, eval_windows=4, rotary_base=30.0
-)
+    steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_orders=(2, 3), ngram_rows=50, ngram_width=8, lr_matrix=0.03, warmup=2, rotary_base=30.0,
+    eval_every=4, eval_windows=4,
+)  # fmt: skip
 PLAN = "threads=1,dtype=float32,attention=explicit"
 
 
@@ -195,7 +196,7 @@ def test_samples_follow_prompt_temperature_and_generator() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    {"steps": 0}, {"batch": -1}, {"width": 18}, {"lr_matrix": 0.0}, {"lr_head": math.inf}, {"momentum": 1.0}, {"decay": 0.0}, {"ngram_orders": (1,)},
+    {"steps": 0}, {"batch": -1}, {"width": 20}, {"lr_matrix": 0.0}, {"lr_head": math.inf}, {"momentum": 1.0}, {"decay": 0.0}, {"ngram_orders": (1,)},
     {"rotary_base": 1.0}, {"eval_windows": 1},
 ])  # fmt: skip
 def test_wrong_configs_are_named(wrong: dict) -> None:
@@ -217,23 +218,36 @@ def test_training_learns_and_evaluates(tmp_path: Path) -> None:
     assert results["bytes"] == 599
     assert results["bpb"] == pytest.approx(rows[-1]["val_bpb"], abs=5 * rows[-1]["val_bpb_se"])
     assert 0 < results["ngram_bpb"] < 3  # type: ignore[operator]
+    assert [r["ngram_bpb"] for r in rows if "ngram_bpb" in r] == [results["ngram_bpb"]]
     samples = (tmp_path / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- sample") == 2
     assert "--- sample 2 ---\nto " in samples
 
 
-def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
+def test_a_loss_or_gradient_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float) -> None:
     config, real = replace(TINY, data=text_file(tmp_path)), gpt.nll
     calls: list[gpt.GPT] = []
 
     def broken(model: gpt.GPT, window: Tensor) -> Tensor:
         calls.append(model)
-        return real(model, window) * (math.nan if len(calls) == 3 else 1.0)
+        losses = real(model, window)
+        if len(calls) == 3 and what == "loss":
+            return losses * value
+        if len(calls) == 3:
+            losses.register_hook(lambda grad: grad * value)  # the loss is a number, its gradient is none
+        return losses
 
     monkeypatch.setattr(gpt, "nll", broken)
-    with pytest.raises(NonFinite, match="loss is nan in iteration 3"), start(config, tmp_path / "run") as run:
+    with pytest.raises(NonFinite, match=f"{what} is (nan|inf) in iteration 3"), start(config, tmp_path / "run") as run:
         gpt.train(config, run)
     assert all(p.isfinite().all() for p in calls[0].parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 1}, {"samples": 0}, {"length": 0}, {"prompt": ""}, {"temperature": -1.0}, {"top_k": -1}])
+def test_wrong_options_are_named(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        gpt.evaluate(gpt.build(TINY), TINY, **wrong)
 
 
 def test_no_data_is_one_line(tmp_path: Path) -> None:
@@ -287,6 +301,6 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
         gpt.train(config, run)
     assert config.data is not None
     config.data.write_bytes(config.data.read_bytes()[::-1])
-    with pytest.raises(ValueError, match=r"the text is not the one this run was begun with"):
+    with pytest.raises(RunError, match=r"the text is not the one this run was begun with"):
         with Run(tmp_path / "run", config, resume=True, quiet=True) as run:
             gpt.train(config, run)

@@ -203,7 +203,7 @@ def test_unknown_environment_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_envs", 7), ("num_envs", -1), ("batch_size", 0), ("epochs", 0), ("minibatches", 9999)]
-    + [("lr", 0.0), ("lr", math.inf), ("gamma", 1.5), ("clip", -0.1), ("hidden", (64, 0))],
+    + [("lr", 0.0), ("lr", math.inf), ("gamma", 1.5), ("clip", -0.1), ("value_coef", -1.0), ("entropy_coef", math.nan), ("hidden", (64, 0))],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
