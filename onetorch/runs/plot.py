@@ -1,5 +1,6 @@
 """Pictures of curves, PNG or SVG, with matplotlib (extra `media`): each run as a thin line, the mean over seeds as a thick one, its interval as a band."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,20 @@ def draw(comparison: Comparison, out: Path, *, clocks: Sequence[str] = ("steps",
     except ImportError as error:
         raise UsageError("matplotlib is missing: pip install 'onetorch[media]'") from error
 
-    figure = Figure(figsize=(5.2 * len(clocks), 3.2 * len(chosen)), layout="constrained")
+    # Over both clocks a line of two; over one, lines of three.
+    across = len(clocks) if len(clocks) > 1 else min(3, len(chosen))
+    down = -(-len(chosen) * len(clocks) // across)
+    figure = Figure(figsize=(5.2 * across if across < 3 else 4.4 * across, 3.0 * down), layout="constrained")
     remarks = list(comparison.notes)
     if len(known) > len(chosen) and not ys:
         remarks.append(f"drawn are {', '.join(chosen)}; there are also {', '.join(known[len(chosen) :])} (--y draws them)")
-    axes = np.array(figure.subplots(len(chosen), len(clocks), squeeze=False))
-    for row, y in zip(axes, chosen, strict=True):
-        for panel, clock in zip(row, clocks, strict=True):
-            remarks += [r for r in _panel(panel, comparison, y, clock) if r not in remarks]
+    for place, (y, clock) in enumerate(itertools.product(chosen, clocks), 1):
+        remarks += [r for r in _panel(figure.add_subplot(down, across, place), comparison, y, clock) if r not in remarks]
+    axes = figure.axes
     groups = comparison.groups
     if len(groups) > 1:
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        columns = max(1, min(len(labels), int(60 * len(clocks) / max(map(len, labels)))))
+        handles, labels = axes[0].get_legend_handles_labels()
+        columns = max(1, min(len(labels), int(60 * across / max(map(len, labels)))))
         figure.legend(handles[:LEGEND], labels[:LEGEND], loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
         if len(groups) > LEGEND:
             remarks.append(f"the legend names {LEGEND} of {len(groups)} groups; a report can switch all of them")

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
@@ -50,10 +51,15 @@ MATRIX = 8  # groups held against each other
 
 
 def write(path: Path, record: dict[str, Any]) -> Iterator[str]:
-    """Write report.html of the run in `path`, which has just come to its end; yields a line for a person about what could not be made."""
+    """Write media/curves.png and report.html of the run in `path`, which has just ended; yields a line for a person about what could not be made."""
     entry = read(path)
-    entry = Entry(entry.path, entry.record | record, "done", entry.config, entry.columns)
-    yield from save(group([entry]), path / "report.html")
+    comparison = group([Entry(entry.path, entry.record | record, "done", entry.config, entry.columns)])
+    if known := quantities(comparison.entries):
+        try:
+            plot.draw(comparison, path / "media" / "curves.png", clocks=("steps",), ys=known[:PANELS])
+        except UsageError as error:
+            yield f"no picture of the curves: {error}"
+    yield from save(comparison, path / "report.html")
 
 
 def save(comparison: Comparison, out: Path, *, y: str | None = None, better: str | None = None) -> Iterator[str]:
@@ -206,15 +212,14 @@ def _curves(comparison: Comparison, y: str | None, share: float, sign: float) ->
 def _picture(comparison: Comparison, known: list[str]) -> tuple[list[str], tuple[str, str], list[str]]:
     """The section without Bokeh: a picture, where matplotlib is there."""
     missing = "the report's curves do not answer to the mouse: bokeh is missing (pip install 'onetorch[media]')"
-    home = comparison.entries[0].path / "media" if len(comparison.entries) == 1 else Path()
-    target = home / "curves.png"
-    try:
-        target.parent.mkdir(exist_ok=True)
-        plot.draw(comparison, target, clocks=("steps",), ys=known[:PANELS])
-    except UsageError as error:
-        return [f"<h2>Curves</h2><p>No curves: {_text(error)}</p>"], ("'none'", ""), [f"{missing}; there are none: {error}"]
-    image = f"<h2>Curves</h2><img alt=curves src='data:image/png;base64,{base64.b64encode(target.read_bytes()).decode()}'>"
-    return [image, f"<p class=note>{_text(missing)}</p>"], ("'none'", ""), [missing]
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "curves.png"
+        try:
+            plot.draw(comparison, target, clocks=("steps",), ys=known[:PANELS])
+        except UsageError as error:
+            return [f"<h2>Curves</h2><p>No curves: {_text(error)}.</p>"], ("'none'", ""), [f"{missing}; there are none: {error}"]
+        image = base64.b64encode(target.read_bytes()).decode()
+    return [f"<h2>Curves</h2><img alt=curves src='data:image/png;base64,{image}'>", f"<p class=note>{_text(missing)}</p>"], ("'none'", ""), [missing]
 
 
 def _packed(text: str) -> str:
@@ -241,7 +246,7 @@ def _figures(names: Sequence[str]) -> dict[str, Any]:
     made: list[Any] = []
     over = DataRange1d(range_padding=0.01)  # shared: moving through one curve moves through all
     for i, name in enumerate(names):
-        p = figure(height=290, sizing_mode="stretch_width", x_range=over, tools="pan,box_zoom,wheel_zoom,reset,save", title=_plain(name))
+        p = figure(height=290 if len(names) < 5 else 240, sizing_mode="stretch_width", x_range=over, tools="pan,box_zoom,wheel_zoom,reset,save", title=_plain(name))
         p.patches("xs", "ys", fill_color="color", fill_alpha=0.18, line_width=0, source=ColumnDataSource({"xs": [], "ys": [], "color": []}, name=f"bands{i}"))
         empty: dict[str, list[Any]] = {"xs": [], "ys": [], "color": [], "alpha": [], "width": [], "name": []}
         runs = p.multi_line("xs", "ys", line_color="color", line_alpha="alpha", line_width="width", source=ColumnDataSource(empty, name=f"runs{i}"))
@@ -252,10 +257,10 @@ def _figures(names: Sequence[str]) -> dict[str, Any]:
         p.add_tools(HoverTool(renderers=[runs, means], tooltips=tips, formatters=numbers, line_policy="nearest", point_policy="snap_to_data"))
         p.xaxis[0].name = f"x{i}"
         p.xaxis[0].formatter = NumeralTickFormatter(format="0,0.[0000]")
-        p.yaxis[0].formatter = BasicTickFormatter(precision="auto")
+        p.yaxis[0].formatter = BasicTickFormatter(power_limit_low=-4)
         p.toolbar.logo = None
         made.append(p)
-    grid = gridplot(made, ncols=1 if len(made) == 1 else 2, sizing_mode="stretch_width", toolbar_location="right", toolbar_options={"logo": None})
+    grid = gridplot(made, ncols=min(len(made), 2 if len(made) < 5 else 3), sizing_mode="stretch_width", toolbar_location="right", toolbar_options={"logo": None})
     return dict(json.loads(serialize_json(json_item(grid, ID("curves")))))
 
 
@@ -431,10 +436,10 @@ def _media(entries: Sequence[Entry], y: str | None) -> list[str]:
                 text, size = _medium(file, left)
                 left -= size
                 made.append(text)
-        if any(made) and title:
-            parts.append(f"<h3>{_text(title)}</h3>")
-        parts += made
-    return ["<h2>What came out</h2>", *parts] if any(parts) else []
+        if any(made):
+            parts.append("<div>" + (f"<h3>{_text(title)}</h3>" if title else ""))
+            parts += [*made, "</div>"]
+    return ["<h2>What came out</h2><div class=media>", *parts, "</div>"] if parts else []
 
 
 def _medium(file: Path, room: int) -> tuple[str, int]:
@@ -445,14 +450,14 @@ def _medium(file: Path, room: int) -> tuple[str, int]:
         with open(file, encoding="utf-8", errors="replace") as stream:
             text = stream.read(TEXT_LIMIT + 1)
         cut = " (its beginning)" if len(text) > TEXT_LIMIT else ""
-        return f"<h3>{name}{cut}</h3><pre>{_text(text[:TEXT_LIMIT])}</pre>", 0
+        return f"<p class=note>{name}{cut}</p><pre>{_text(text[:TEXT_LIMIT])}</pre>", 0
     if file.suffix not in kinds:
         return "", 0
     if size > room:
-        return f"<h3>{name}</h3><p>{size / 1e6:.1f} MB, too large for this page; it is in the run's folder media.</p>", 0
+        return f"<p>{name}: {size / 1e6:.1f} MB, too large for this page; it is in the run's folder media.</p>", 0
     data = f"data:{kinds[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
     shown = f"<video controls loop muted src='{data}'></video>" if kinds[file.suffix].startswith("video") else f"<img alt='{name}' src='{data}'>"
-    return f"<h3>{name}</h3>{shown}", size
+    return f"<p class=note>{name}</p>{shown}", size
 
 
 def _config(comparison: Comparison) -> list[str]:

@@ -12,12 +12,10 @@ def write(path: Path, config: dict[str, Any], rows: Sequence[dict[str, Any]] = (
     """A finished run in `path`; rows get their `seconds` from their step where they have none."""
     path.mkdir(parents=True)
     entry = {"format": folder.FORMAT, "recipe": "made", "algorithm": "onetorch.rl.made", "config": config}
-    whole = {
-        **{"format": folder.FORMAT, "status": "done", "recipe": "made", "command": f"onetorch train made --dir {path.name}", "seed": config.get("seed")},
-        **{"created": "2026-01-01T00:00:00+0000", "git": None, "versions": {"python": "3.11.0"}, "plan": {}, "cost": {"seconds": 2.0, "cpu_seconds": 1.5}},
-        **{"hardware": {"processor": "abacus", "cores": 1, "gpus": [], "system": "s"}, "progress": {"done": len(rows), "total": len(rows)}},
-        **{"result": result or {}},
-    }
+    whole: dict[str, Any] = {"format": folder.FORMAT, "status": "done", "recipe": "made", "command": f"onetorch train made --dir {path.name}"}
+    whole |= {"created": "2026-01-01T00:00:00+0000", "seed": config.get("seed"), "git": None, "versions": {"python": "3.11.0"}, "plan": {}}
+    whole |= {"hardware": {"processor": "abacus", "cores": 1, "gpus": [], "system": "s"}, "cost": {"seconds": 2.0, "cpu_seconds": 1.5}}
+    whole |= {"progress": {"done": len(rows), "total": len(rows)}, "result": result or {}}
     lines = [json.dumps({"step": row["step"], "seconds": row.get("seconds", row["step"] / 100), "cpu_seconds": 0.0, **row}) for row in rows]
     (path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     (path / "run.json").write_text(json.dumps(whole | record), encoding="utf-8")
