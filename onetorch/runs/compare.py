@@ -17,7 +17,7 @@ from onetorch.runs.errors import OneTorchError, RunError, UsageError
 from onetorch.runs.stats import Array, Estimate
 
 CLOCKS = ("step", "seconds", "cpu_seconds")
-SMALLER_IS_BETTER = ("loss", "error", "bits", "nll", "perplexity", "kl", "fid", "mse", "divergence", "regret", "seconds")
+SMALLER_IS_BETTER = ("loss", "error", "bits", "bpb", "bpd", "nll", "perplexity", "kl", "fid", "mse", "divergence", "regret", "seconds")
 VALUES = 30  # of a field up to which each is held against one of them
 TAIL = 0.1  # the last tenth of a run's rows makes its final value
 

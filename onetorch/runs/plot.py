@@ -37,31 +37,37 @@ def draw(comparison: Comparison, out: Path, *, clocks: Sequence[str] = ("steps",
         raise UsageError(f"{', '.join(ys)} has no curve, only a result" if ys else "no run has logged a number twice: there is no curve to draw")
     try:
         from matplotlib.figure import Figure  # not pyplot: that would open a window system
+        from matplotlib.lines import Line2D
     except ImportError as error:
         raise UsageError("matplotlib is missing: pip install 'onetorch[media]'") from error
 
-    # Over both clocks a line of two; over one, lines of three.
+    # Over both clocks a line of two; over one, lines of three. Margins in inches: matplotlib's own search for them takes longer than all the drawing.
+    groups = comparison.groups
     across = len(clocks) if len(clocks) > 1 else min(3, len(chosen))
     down = -(-len(chosen) * len(clocks) // across)
-    figure = Figure(figsize=(5.2 * across if across < 3 else 4.4 * across, 3.0 * down), layout="constrained")
+    named = [f"{g.name} ({seeds(len(g.entries))})" for g in groups[:LEGEND]] if len(groups) > 1 else []
+    width = 5.0 if across < 3 else 4.2
+    columns = max(1, min(len(named), int(width * across / (0.6 + 0.075 * max(map(len, named)))))) if named else 1
+    top = 0.35 + 0.19 * -(-len(named) // columns)
+    height = 2.8 * down + top + 0.2
+    figure = Figure(figsize=(width * across, height))
+    figure.subplots_adjust(0.65 / (width * across), 0.75 / height, 1 - 0.15 / (width * across), 1 - top / height, 0.6 / (width - 0.8), 0.75 / 2.05)
     remarks = list(comparison.notes)
     if len(known) > len(chosen) and not ys:
         remarks.append(f"drawn are {', '.join(chosen)}; there are also {', '.join(known[len(chosen) :])} (--y draws them)")
     for place, (y, clock) in enumerate(itertools.product(chosen, clocks), 1):
         remarks += [r for r in _panel(figure.add_subplot(down, across, place), comparison, y, clock) if r not in remarks]
-    axes = figure.axes
-    groups = comparison.groups
-    if len(groups) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        columns = max(1, min(len(labels), int(60 * across / max(map(len, labels)))))
-        figure.legend(handles[:LEGEND], labels[:LEGEND], loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
+    if named:
+        handles = [Line2D([], [], color=color, linewidth=1.8) for color in palette(len(groups))[:LEGEND]]
+        labels = [name.replace("$", r"\$") for name in named]
+        figure.legend(handles, labels, loc="upper left", ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
         if len(groups) > LEGEND:
             remarks.append(f"the legend names {LEGEND} of {len(groups)} groups; a report can switch all of them")
     if any(len(g.entries) > 1 for g in groups):
         note = "thick: mean over seeds, band: 95 % bootstrap interval of the mean" + (", thin: single runs" if len(comparison.entries) <= LINES else "")
-        figure.supxlabel(note, fontsize=8, color="#666666")
+        figure.text(0.5, 0.08 / height, note, fontsize=8, color="#666666", ha="center")
     elif len(groups) == 1:
-        figure.supxlabel("one seed: nothing is known of the spread", fontsize=8, color="#666666")
+        figure.text(0.5, 0.08 / height, "one seed: nothing is known of the spread", fontsize=8, color="#666666", ha="center")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)

@@ -119,7 +119,7 @@ def _page(comparison: Comparison, y: str | None, better: str | None, share: floa
     policy = f"default-src 'none'; script-src {head[0]}; style-src 'unsafe-inline'; img-src data:; media-src data:; font-src data:"
     page = f'<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">'
     page += f"<meta name=viewport content='width=device-width'><title>{_text(title)}</title><style>{style}</style>"
-    return page + "\n".join(parts) + head[1] + "</html>\n", sum(len(part) for part in media if "base64," in part), remarks
+    return page + "\n".join(parts) + head[1] + "</html>\n", sum(len(part) for part in media if "src='data:" in part), remarks
 
 
 def _text(value: Any) -> str:
@@ -241,17 +241,21 @@ def _figures(names: Sequence[str]) -> dict[str, Any]:
     from bokeh.embed import json_item
     from bokeh.layouts import gridplot
     from bokeh.models import BasicTickFormatter, ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter
+    from bokeh.models.glyphs import MultiLine, Patches
     from bokeh.plotting import figure
 
     made: list[Any] = []
     over = DataRange1d(range_padding=0.01)  # shared: moving through one curve moves through all
     for i, name in enumerate(names):
-        p = figure(height=290 if len(names) < 5 else 240, sizing_mode="stretch_width", x_range=over, tools="pan,box_zoom,wheel_zoom,reset,save", title=_plain(name))
-        p.patches("xs", "ys", fill_color="color", fill_alpha=0.18, line_width=0, source=ColumnDataSource({"xs": [], "ys": [], "color": []}, name=f"bands{i}"))
-        empty: dict[str, list[Any]] = {"xs": [], "ys": [], "color": [], "alpha": [], "width": [], "name": []}
-        runs = p.multi_line("xs", "ys", line_color="color", line_alpha="alpha", line_width="width", source=ColumnDataSource(empty, name=f"runs{i}"))
-        empty = {"xs": [], "ys": [], "color": [], "name": []}
-        means = p.multi_line("xs", "ys", line_color="color", line_width=2.2, source=ColumnDataSource(empty, name=f"means{i}"))
+        height, tools = 290 if len(names) < 5 else 240, "pan,box_zoom,wheel_zoom,reset,save"
+        p = figure(height=height, sizing_mode="stretch_width", x_range=over, tools=tools, title=_plain(name))
+        # add_glyph, not p.multi_line: that would make three more of each for states that these never have.
+        bands = ColumnDataSource({"xs": [], "ys": [], "color": []}, name=f"bands{i}")
+        p.add_glyph(bands, Patches(xs="xs", ys="ys", fill_color="color", fill_alpha=0.18, line_width=0))
+        lines = ColumnDataSource({"xs": [], "ys": [], "color": [], "alpha": [], "width": [], "name": []}, name=f"runs{i}")
+        runs = p.add_glyph(lines, MultiLine(xs="xs", ys="ys", line_color="color", line_alpha="alpha", line_width="width"))
+        centers = ColumnDataSource({"xs": [], "ys": [], "color": [], "name": []}, name=f"means{i}")
+        means = p.add_glyph(centers, MultiLine(xs="xs", ys="ys", line_color="color", line_width=2.2))
         numbers: Any = {"$snap_y": "printf", "$snap_x": "printf"}
         tips = [("", "@name"), ("at", "$snap_x{%.7g}"), ("value", "$snap_y{%.5g}")]
         p.add_tools(HoverTool(renderers=[runs, means], tooltips=tips, formatters=numbers, line_policy="nearest", point_policy="snap_to_data"))
@@ -260,7 +264,8 @@ def _figures(names: Sequence[str]) -> dict[str, Any]:
         p.yaxis[0].formatter = BasicTickFormatter(power_limit_low=-4)
         p.toolbar.logo = None
         made.append(p)
-    grid = gridplot(made, ncols=min(len(made), 2 if len(made) < 5 else 3), sizing_mode="stretch_width", toolbar_location="right", toolbar_options={"logo": None})
+    across = min(len(made), 2 if len(made) < 5 else 3)
+    grid = gridplot(made, ncols=across, sizing_mode="stretch_width", toolbar_location="right", toolbar_options={"logo": None})
     return dict(json.loads(serialize_json(json_item(grid, ID("curves")))))
 
 
@@ -431,7 +436,7 @@ def _media(entries: Sequence[Entry], y: str | None) -> list[str]:
     for title, entry in chosen:
         folder = entry.path / "media"
         made = []
-        for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        for file in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []:
             if file.name != "curves.png" and file.is_file() and not file.is_symlink():
                 text, size = _medium(file, left)
                 left -= size
@@ -533,7 +538,7 @@ def _provenance(entries: Sequence[Entry]) -> list[str]:
 
 def _diff(path: Path) -> str:
     file = path / "git.diff"
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():  # a link in a stranger's folder could show anything of this machine
         return ""
     with open(file, encoding="utf-8", errors="replace") as stream:
         return stream.read(TEXT_LIMIT + 1)
