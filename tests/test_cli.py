@@ -47,7 +47,7 @@ WRONG = [
     (["train", "ppo"], "--total-stps=3", "ppo has no field 'total_stps' (did you mean 'total_steps'?)"),
     (["train", "ppo"], "--total_steps many", "--total_steps: expected int, got 'many'"),
     (["train", "ppo"], "--total_steps", "--total_steps: expected int, got nothing"),
-    (["train", "ppo"], "--total_steps 1 2", "--total_steps takes one value, got 2: 1 2"),
+    (["show", "ppo"], "--total_steps 1 2", "--total_steps takes one value, got 2: 1 2"),
     (["train", "ppo"], "--total_steps -5", "total_steps must be at least 1, got -5"),
     (["train", "ppo"], "--activation sliu", "--activation: expected tanh|relu|silu, got 'sliu' (did you mean 'silu'?)"),
     (["train", "ppo"], "--hidden [64,x]", "--hidden: expected int, got 'x'"),

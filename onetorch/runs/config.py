@@ -181,6 +181,18 @@ def to_json(value: Any) -> Any:
     raise UsageError(f"a config cannot hold a {type(value).__name__} ({value!r}); allowed: int, float, str, bool, Path, Enum, Literal, tuple, None, dataclass")
 
 
+def text(value: Any) -> str:
+    """A value as the command line takes it.
+
+    >>> text((64, 64)), text(None), text(0.001), text(True)
+    ('[64,64]', 'none', '0.001', 'true')
+    """
+    value = to_json(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(text, value)) + "]"
+    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+
+
 def from_json(data: Any, annotation: Any, name: str = "config") -> Any:
     """The exact inverse of `to_json` for a value of type `annotation`; UsageError names the field that does not fit."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)

@@ -1,4 +1,7 @@
-"""The speed plan: which of several equal ways to do the work is fastest on this machine, found by measuring for at most two seconds."""
+"""The speed plan: which of several equal ways to do the work is fastest on this machine, found by measuring for at most two seconds.
+
+Importing this file imports no torch, so that `--plan` can be read before there is work to do.
+"""
 
 import hashlib
 import json
@@ -7,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from onetorch.runs import provenance
 from onetorch.runs.config import nearest
@@ -86,6 +87,8 @@ def choose(measure: Measure | None, dimensions: dict[str, tuple[Any, ...]], budg
 
 
 def _timed(measure: Measure, choice: Choice) -> Callable[[], float]:
+    import torch
+
     set_threads(choice)
     work = measure(choice)
 
@@ -117,6 +120,8 @@ def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], sec
 
 def set_threads(choice: Choice) -> None:
     """Give torch the plan's number of threads, if it has one."""
+    import torch
+
     if "threads" in choice and torch.get_num_threads() != choice["threads"]:
         torch.set_num_threads(choice["threads"])
 
@@ -128,6 +133,8 @@ def cache_path() -> Path:
 
 def cache_key(key: str, dimensions: dict[str, tuple[Any, ...]]) -> str:
     """What a plan depends on: processor, cores, GPU, versions, the algorithm's own key and the candidates."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     parts = [provenance.processor(), provenance.cores(), gpu, torch.__version__, key, {k: [str(v) for v in c] for k, c in dimensions.items()}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

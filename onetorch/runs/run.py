@@ -18,7 +18,6 @@ import math
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -31,7 +30,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from onetorch.runs import checkpoint, folder, plan, provenance, state
+from onetorch.runs import checkpoint, folder, plan, provenance, sealed, state, trust
 from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.progress import Progress, clock
@@ -42,6 +41,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 18.0  # seconds a step may still take after a stop signal; whoever sent it waits 20
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or …
 CHECKPOINT_SHARE = 0.03  # … longer, so that saving takes at most this share of the time
+INITIAL = "initial.safetensors"  # the weights that a run began from, where they were given
 FLUSH_SECONDS = 0.5  # a row of metrics is in the file at most this much later
 
 
@@ -55,7 +55,9 @@ class Run:
         algorithm, source: module (of onetorch's own) and path of the file that runs, else those of `config`'s class; a user's own file is copied into the
             folder, so that the folder is enough to go on.
         command: the words that repeat this run.
+        weights: begin with these instead of the algorithm's own (names and shapes of its model's); `origin` is where they came from, for the record.
         fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
+        threads: the most threads that the speed plan may choose, for a run that shares its machine with others.
         resume: go on with what stands in `folder`; else a folder that holds a run is refused.
         time_limit: seconds after which the run stops as if told to.
         checkpoint_seconds: least time between two checkpoints.
@@ -75,7 +77,10 @@ class Run:
         algorithm: str | None = None,
         source: Path | None = None,
         command: list[str] | None = None,
+        weights: dict[str, torch.Tensor] | None = None,
+        origin: dict[str, Any] | None = None,
         fixed: dict[str, str] | None = None,
+        threads: int | None = None,
         resume: bool = False,
         time_limit: float | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -87,6 +92,7 @@ class Run:
         self.iteration = 0
         self._total: int | None = None
         self._resume = resume
+        self._threads = threads
         self._limit = time_limit
         self._checkpoint_seconds = checkpoint_seconds
         self._stop: tuple[str, int] | None = None  # (why, exit code) once a signal or the time limit has come
@@ -102,6 +108,8 @@ class Run:
         self._written = hashlib.sha256()  # of metrics.jsonl so far
         self._retiring: threading.Thread | None = None
         self._last_step: int | None = None
+        self._initialized = False
+        self._given = (weights, origin)
         self._open(recipe, algorithm, source, command, fixed or {})
         self._start = self._saved_at = self._flushed = time.perf_counter()
         self._start_cpu = time.process_time()
@@ -118,7 +126,7 @@ class Run:
         if not self._resume:
             if folder.holds_run(path):
                 raise folder.refuse(path)
-            ours = ("run.lock", "run.json", "source.py", "git.diff", "media")  # what a run killed in its first moments leaves
+            ours = ("run.lock", "run.json", "source.py", "git.diff", "media", "output.txt", INITIAL)  # what a run killed in its first moments leaves
             foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")] if path.is_dir() else []
             if foreign:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
@@ -172,11 +180,29 @@ class Run:
         if diff:
             (self.folder / "git.diff").write_text(diff, encoding="utf-8")
         if source and algorithm is None:
-            shutil.copyfile(source, self.folder / "source.py")
+            code = source.read_bytes()
+            (self.folder / "source.py").write_bytes(code)
+            self._remember(code, source.name)
+        for code in trust.imports(to_json(self.config)):
+            self._remember(code, "named by a config")
+        weights, origin = self._given
+        self._given = (None, None)
+        if weights is not None:
+            # Kept in the run, so that one killed before its first checkpoint begins again from the same weights, wherever they came from.
+            pieces = sealed.dump(weights)
+            self.record["from"] = {**(origin or {}), "bytes": sealed.length(pieces), "sha256": sealed.sha256(pieces)}
+            (self.folder / INITIAL).unlink(missing_ok=True)  # of a run that was killed before it had a config
+            sealed.write(self.folder / INITIAL, pieces)
+            sealed.flush(self.folder / INITIAL).result()
         folder.write_json(self.folder / "run.json", self.record)
         # Last: a folder holds a run from the moment that its config stands in it.
         entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or (source and "source.py"), "config": to_json(self.config)}
         folder.write_json(self.folder / "config.json", entry)
+
+    def _remember(self, code: bytes, name: str) -> None:
+        problem = trust.remember(code, name)
+        if problem:
+            self.say(f"{name} could not be noted as your own code ({problem}): `onetorch resume` of this run will want --trust-code")
 
     def _reopen(self) -> None:
         self.record = folder.read_json(self.folder / "run.json")
@@ -214,6 +240,8 @@ class Run:
         torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
+        if self._threads and "threads" in dimensions:
+            dimensions["threads"] = tuple(n for n in dimensions["threads"] if n <= self._threads) or (self._threads,)
         narrowed = plan.fix(dimensions, self.record["fixed"])
         # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
         narrowed["device"] = narrowed["device"][:1]
@@ -242,8 +270,37 @@ class Run:
         self.say(f"plan: {plan.show(choice)} ({note}; --plan fixes it)")
         return dict(choice)
 
+    def initialize(self, model: torch.nn.Module) -> None:
+        """Give a new model the weights that this run is to begin from (`train --from`); does nothing where there are none.
+
+        `restore` does it for `state.model`. An algorithm that makes copies of its model (targets, averages) calls this before it makes them.
+        UsageError when names or shapes are not the model's, CheckpointError when the run's copy of the weights is damaged.
+        """
+        entry = self.record.get("from")
+        if entry is None or self._initialized or (self._resume and checkpoint.steps(self.folder / "checkpoints")):
+            return
+        path = self.folder / INITIAL
+        content, digest = sealed.read(path, entry["bytes"])
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in run.json")
+        weights = sealed.parse(content, path)
+        problem = state.misfit(weights, model.state_dict())
+        if problem:
+            raise UsageError(f"the weights of {entry.get('path', path)} do not fit this model: {problem}; begin with the config they were made with")
+        model.load_state_dict(weights)
+        self._initialized = True
+        self.say(f"begins from the weights of {entry.get('path', path)}")
+
+    def _initialize(self, live: Any) -> None:
+        if "from" in self.record:
+            if not isinstance(getattr(live, "model", None), torch.nn.Module):
+                raise UsageError("this algorithm cannot begin from given weights: its State has no module called `model`")
+            self.initialize(live.model)
+
     def restore(self, live: S) -> S:
-        """Bring a state (a dataclass) to the newest valid checkpoint; unchanged where there is none. Returns the same object.
+        """Bring a state (a dataclass) to the newest valid checkpoint; where there is none, `state.model` to the weights given to begin from, if any.
+
+        Returns the same object.
 
         Raises CheckpointError when checkpoints stand there and none can be used, or when config or code are not the ones that wrote it.
         """
@@ -251,6 +308,7 @@ class Run:
             raise TypeError(f"restore: expected an instance of the algorithm's State dataclass, got {type(live).__name__}")
         self._state = live
         if not self._resume:
+            self._initialize(live)
             return live
         found, damaged = checkpoint.newest(self.folder / "checkpoints")
         for problem in damaged:
@@ -258,6 +316,7 @@ class Run:
         if found is None:
             self.say(f"{self.folder} was stopped before its first checkpoint: it begins again")
             self._cut_metrics(0, self._written.hexdigest())
+            self._initialize(live)
             return live
         record = found.record
         kinds = {"last_step": int | None, "metrics_bytes": int, "metrics_sha256": str, "seconds": float, "cpu_seconds": float, "state": dict}
@@ -307,6 +366,7 @@ class Run:
         self._total = total
         self._progress = Progress(done, total, unit, scale, self.quiet)
         self.iteration = done
+        self._write_record()  # whoever looks at the folder sees how far there is to go
         self._start_signals()
         self._looping = True
         try:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from onetorch import cli
-from onetorch.runs import algorithm, checkpoint, folder
+from onetorch.runs import algorithm, checkpoint, folder, sealed
 from onetorch.runs import run as runs
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.run import Run
@@ -384,7 +384,7 @@ class Disk:
         self.left, self.error = allowed, error
         for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "truncate")):
             patch.setattr(owner, name, self.guarded(getattr(owner, name)))
-        patch.setattr(checkpoint, "_write", self.half(checkpoint._write))
+        patch.setattr(sealed, "write", self.half(sealed.write))
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
