@@ -56,7 +56,7 @@ def write(path: Path, record: dict[str, Any]) -> Iterator[str]:
     comparison = group([Entry(entry.path, entry.record | record, "done", entry.config, entry.columns)])
     if known := quantities(comparison.entries):
         try:
-            plot.draw(comparison, path / "media" / "curves.png", clocks=("steps",), ys=known[:PANELS])
+            plot.draw(comparison, path / "media" / "curves.png", clocks=("steps",), ys=known[: plot.PANELS])
         except UsageError as error:
             yield f"no picture of the curves: {error}"
     yield from save(comparison, path / "report.html")
@@ -215,7 +215,7 @@ def _picture(comparison: Comparison, known: list[str]) -> tuple[list[str], tuple
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "curves.png"
         try:
-            plot.draw(comparison, target, clocks=("steps",), ys=known[:PANELS])
+            plot.draw(comparison, target, clocks=("steps",), ys=known[: plot.PANELS])
         except UsageError as error:
             return [f"<h2>Curves</h2><p>No curves: {_text(error)}.</p>"], ("'none'", ""), [f"{missing}; there are none: {error}"]
         image = base64.b64encode(target.read_bytes()).decode()
