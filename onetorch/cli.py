@@ -30,6 +30,10 @@ onetorch: create, run and share optimized PyTorch models
   onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
   onetorch eval RUN [--option value …]       evaluate a run from its folder alone
+  onetorch plot RUN… [--x seconds] [--y …]   draw curves, mean and interval over seeds, to PNG or SVG
+  onetorch report RUN… [--y NAME]            one HTML page: curves, statistics, media, where it came from
+  onetorch diff A B                          what differs between two runs: config, metrics, weights
+  onetorch board RUN… [--out DIR]            the runs' metrics as TensorBoard's event files
   onetorch share RUN DEST                    a model folder for others: a path, a URL, or hf://owner/name
   onetorch get SRC [DIR]                     copy a model folder, check every byte and what the model answers here
   onetorch verify DIR [--results]            the same in place; --results evaluates again and compares with the card
@@ -80,6 +84,23 @@ Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Ex
     "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit; or with the sweep in DIR.",
     "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
     "eval": "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.",
+    "plot": (
+        "onetorch plot RUN… | SWEEP [--x steps|seconds] [--y NAME …] [--out FILE.png|FILE.svg]: draw curves. A SWEEP is a folder with runs in it.\n"
+        "Runs that differ only in seed are one group: its mean, with a 95 % bootstrap interval. Without --x over both, without --y the first six quantities,\n"
+        "without --out to curves.png here."
+    ),
+    "report": (
+        "onetorch report RUN… | SWEEP [--y NAME] [--better larger|smaller] [--out FILE.html]: one HTML page that opens offline.\n"
+        "Curves that can be switched, what differed and which difference mattered, statistics over seeds, videos and samples, where it all came from.\n"
+        "--y is the quantity by which runs are compared (else the first that their evaluations gave), --better says which way (else its name does).\n"
+        "Without --out to report.html in the run's or sweep's folder, or here."
+    ),
+    "diff": "onetorch diff A B: what differs between two runs: config, origin, results, metrics from which step on, weights tensor by tensor.",
+    "board": (
+        "onetorch board RUN… | SWEEP [--out DIR]: write TensorBoard's event files, one folder a run, to DIR (else ./board).\n"
+        "Run it again to bring them up to date. "
+        "Look at them with: tensorboard --logdir DIR (pip install 'onetorch[board]')"
+    ),
     "share": "onetorch share RUN DEST [options]: write the newest checkpoint as a model folder. DEST: a path, a URL (s3://, …) or hf://owner/name.",
     "get": "onetorch get SRC [DIR] [options]: copy a model folder to DIR, checked; exit code 0 says that the model answers here as it did there.",
     "verify": "onetorch verify DIR|URL [options]: check sizes, hashes, weights and golden outputs in place.",
@@ -130,6 +151,7 @@ def _print(text: str = "") -> None:
 def _dispatch(words: list[str]) -> int:
     commands = {"list": _list, "show": _show, "train": _train, "sweep": _sweep, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
     commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port}
+    commands |= {"plot": _plot, "report": _report, "diff": _diff, "board": _board}
     if not words or words[0] in ("--help", "-h", "help"):
         _print(HELP)
         return 0
@@ -430,6 +452,58 @@ def _result(record: dict[str, Any]) -> str:
 
 def _cost(record: dict[str, Any]) -> str:
     return f"{record['cost']['seconds']:.1f} s, {record['cost']['cpu_seconds']:.1f} CPU-s"
+
+
+def _plot(positional: list[str], flags: Flags) -> int:
+    clocks = flags.pop("x", [])
+    ys, out = flags.pop("y", []), Path(_one(flags, "out") or "curves.png")
+    _nothing_left(flags, ("x", "y", "out"), "plot")
+    from onetorch.runs import compare, plot
+
+    return _drawn(out, plot.draw(compare.load(positional), out, clocks=clocks or plot.CLOCKS, ys=ys))
+
+
+def _report(positional: list[str], flags: Flags) -> int:
+    y, better, out = _one(flags, "y"), _one(flags, "better"), _one(flags, "out")
+    _nothing_left(flags, ("y", "better", "out"), "report")
+    from onetorch.runs import report
+
+    try:
+        return _drawn(*report.of_words(positional, Path(out) if out else None, y=y, better=better))
+    except OSError as error:
+        raise UsageError(folder.explain(error, Path(error.filename or "."))) from error
+
+
+def _drawn(target: Path, remarks: Sequence[str]) -> int:
+    for remark in remarks:
+        sys.stderr.write(remark + "\n")
+    _print(f"{target} ({target.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+def _diff(positional: list[str], flags: Flags) -> int:
+    _nothing_left(flags, (), "diff")
+    if len(positional) != 2:
+        raise UsageError(f"diff takes two runs, got {' '.join(positional) or 'none'}; `onetorch diff --help`")
+    from onetorch.runs import diff
+
+    for title, rows in diff.compare_runs(*map(Path, positional)):
+        if rows:
+            _table(rows, widest=60)
+            _print()
+        else:
+            _print(title)
+    return 0
+
+
+def _board(positional: list[str], flags: Flags) -> int:
+    out = _one(flags, "out") or "board"
+    _nothing_left(flags, ("out",), "board")
+    from onetorch.runs import board
+
+    made = board.convert(positional, Path(out))
+    _print(f"{len(made)} {'run' if len(made) == 1 else 'runs'} in {out}; look at them with: tensorboard --logdir {shlex.quote(out)}")
+    return 0
 
 
 # -- commands that do ----------------------------------------------------------------------------------------------------------------------------
@@ -789,7 +863,7 @@ def _doctor(positional: list[str], flags: Flags) -> int:
         rows += [("gpu", "none", "everything runs on the processor")]
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     rows += [("compiler", compiler or "none", "" if compiler else "torch.compile on the CPU needs g++ or clang++ from your system's packages")]
-    for extra, packages in {"media": ("matplotlib", "pygame", "av"), "rl": ("mujoco",), "dev": ("pytest", "ruff", "mypy")}.items():
+    for extra, packages in {"media": ("matplotlib", "bokeh", "pygame", "av"), "rl": ("mujoco",), "dev": ("pytest", "ruff", "mypy")}.items():
         missing = [p for p in packages if importlib.util.find_spec(p) is None]
         rows.append((f"extra {extra}", f"lacks {', '.join(missing)}" if missing else "complete", f"pip install 'onetorch[{extra}]'" if missing else ""))
     free = shutil.disk_usage(".").free
