@@ -29,13 +29,15 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from onetorch.runs import algorithm, folder
+from onetorch.runs import algorithm, folder, provenance
 from onetorch.runs.config import from_json
 from onetorch.runs.errors import OneTorchError, RunError, Stopped, UsageError
 
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from onetorch.runs import nursery; nursery.{}"
 PATIENCE = 20.0  # seconds that a trial waits for a dying process to give its folder free
 PR_SET_PDEATHSIG = 1
+
+Git = tuple[dict[str, Any] | None, str]  # what `provenance.git` returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,7 @@ def serve(descriptor: int) -> None:
         try:
             source = code.read()
             module = _prepare(source)
+            git = provenance.git(source.path)  # of what was imported just now, for all trials
             fcntl.fcntl(link, fcntl.F_SETFL, flags)
         except Exception as error:
             if not isinstance(error, OneTorchError):
@@ -184,7 +187,7 @@ def serve(descriptor: int) -> None:
             return
         with contextlib.suppress(BrokenPipeError):  # the sweep was killed meanwhile
             link.sendall(b"{}\n")
-            _serve(link, code, source, module)
+            _serve(link, code, source, module, git)
 
 
 def _prepare(source: algorithm.Algorithm) -> Any:
@@ -194,12 +197,13 @@ def _prepare(source: algorithm.Algorithm) -> Any:
     import onetorch.runs.run  # noqa: F401 (what every trial needs)
 
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimizer of a process imports half of torch once more
+    provenance.versions()  # remembered
     gc.collect()
     gc.freeze()  # the children share what is there; a collection that touched it would copy it page by page
     return module
 
 
-def _serve(link: socket.socket, code: Code, source: algorithm.Algorithm, module: Any) -> None:
+def _serve(link: socket.socket, code: Code, source: algorithm.Algorithm, module: Any, git: Git) -> None:
     ends, bell = socket.socketpair()
     ends.setblocking(False)
     bell.setblocking(False)
@@ -244,7 +248,7 @@ def _serve(link: socket.socket, code: Code, source: algorithm.Algorithm, module:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for end in (link, ends, bell):
                         end.close()
-                    _child(code, order, source, module, parent)
+                    _child(code, order, source, module, git, parent)
                 with contextlib.suppress(PermissionError, ProcessLookupError):  # both sides do it, so that it is done before either goes on
                     os.setpgid(pid, pid)
                 children[pid] = order.id
@@ -263,7 +267,7 @@ def _signal_group(leader: int, number: int) -> None:
         os.killpg(leader, number)
 
 
-def _child(code: Code, order: Order, source: algorithm.Algorithm, module: Any, parent: int) -> NoReturn:
+def _child(code: Code, order: Order, source: algorithm.Algorithm, module: Any, git: Git, parent: int) -> NoReturn:
     """The first steps of a trial's process. It leaves by `os._exit`: the nursery's own exit is not for it to do."""
     exit_code = 70
     try:
@@ -285,7 +289,7 @@ def _child(code: Code, order: Order, source: algorithm.Algorithm, module: Any, p
         if torch.cuda._is_in_bad_fork():
             data = (sys.path, dataclasses.asdict(code), dataclasses.asdict(order))
             os.execv(sys.executable, [sys.executable, "-c", BOOT.format("alone(*sys.argv[2:])"), *map(json.dumps, data)])
-        exit_code = trial(code, order, source, module)
+        exit_code = trial(code, order, source, module, git)
         atexit._run_exitfuncs()
     except KeyboardInterrupt:
         exit_code = 130  # told to stop before it had begun
@@ -302,10 +306,10 @@ def alone(code: str, order: str) -> None:
     """A trial in an interpreter of its own."""
     made = Code(**json.loads(code))
     source = made.read()
-    sys.exit(trial(made, Order(**json.loads(order)), source, source.load()))
+    sys.exit(trial(made, Order(**json.loads(order)), source, source.load(), provenance.git(source.path)))
 
 
-def trial(code: Code, order: Order, source: algorithm.Algorithm, module: Any) -> int:
+def trial(code: Code, order: Order, source: algorithm.Algorithm, module: Any, git: Git) -> int:
     """Train and evaluate in this process, going on with what the folder holds; returns the exit code that `onetorch train` has."""
     import numpy as np
     import torch
@@ -335,6 +339,7 @@ def trial(code: Code, order: Order, source: algorithm.Algorithm, module: Any) ->
             command=order.command,
             fixed=order.fixed,
             threads=order.threads,
+            git=git,
             resume=begun,
             checkpoint_seconds=CHECKPOINT_SECONDS if order.checkpoint_seconds is None else order.checkpoint_seconds,
         )

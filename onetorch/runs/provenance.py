@@ -1,5 +1,6 @@
 """Where a run came from: commit and diff, versions, hardware."""
 
+import functools
 import os
 import platform
 import socket
@@ -57,6 +58,11 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide a result."""
+    return dict(_versions())
+
+
+@functools.cache  # what a process has imported stays what it is
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("onetorch", "torch", "numpy", "gymnasium", "mujoco", "safetensors"):
         try:

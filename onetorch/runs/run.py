@@ -58,6 +58,7 @@ class Run:
         weights: begin with these instead of the algorithm's own (names and shapes of its model's); `origin` is where they came from, for the record.
         fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
         threads: the most threads that the speed plan may choose, for a run that shares its machine with others.
+        git: what `provenance.git` says of `source`, where that is known already.
         resume: go on with what stands in `folder`; else a folder that holds a run is refused.
         time_limit: seconds after which the run stops as if told to.
         checkpoint_seconds: least time between two checkpoints.
@@ -81,6 +82,7 @@ class Run:
         origin: dict[str, Any] | None = None,
         fixed: dict[str, str] | None = None,
         threads: int | None = None,
+        git: tuple[dict[str, Any] | None, str] | None = None,
         resume: bool = False,
         time_limit: float | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -93,6 +95,7 @@ class Run:
         self._total: int | None = None
         self._resume = resume
         self._threads = threads
+        self._git = git
         self._limit = time_limit
         self._checkpoint_seconds = checkpoint_seconds
         self._stop: tuple[str, int] | None = None  # (why, exit code) once a signal or the time limit has come
@@ -159,7 +162,7 @@ class Run:
             file = getattr(module, "__file__", None)  # a notebook has none
             source = Path(file) if file else None
             algorithm = module.__name__ if module and module.__name__.startswith("onetorch.") else None
-        git, diff = provenance.git(source) if source else (None, "")
+        git, diff = self._git or (provenance.git(source) if source else (None, ""))
         self.record: dict[str, Any] = {
             "format": folder.FORMAT,
             "status": "running",

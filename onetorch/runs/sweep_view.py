@@ -99,6 +99,7 @@ class View:
         self.at: dict[str, tuple[float, str]] = {}  # fraction done and number of running trials
         self.took: list[Past] = []
         self.looked = self.shown = 0.0
+        self.left = (0.0, "")  # when it was worked out, and the text
 
     def say(self, text: str) -> None:
         """One line to the person at the terminal."""
@@ -193,7 +194,12 @@ class View:
             self.say(f"{self._count()} running: {running}{self._left()}")
 
     def _left(self) -> str:
-        """The time left in all, in words; empty where nothing is known yet."""
+        """The time left in all, in words; empty where nothing is known yet. Worked out at most once a second: it looks at every trial."""
+        if time.monotonic() - self.left[0] > LOOK or not self.left[1]:
+            self.left = (time.monotonic(), self._time_left())
+        return self.left[1] if any(t.state in ("waiting", "running") for t in self.made.trials) else ""
+
+    def _time_left(self) -> str:
         known = self.took or self.known
         now, total, longest = time.monotonic(), 0.0, 0.0
         speeds = [(now - self.begun[i]) / f for i, (f, _) in self.at.items() if f > 0.05 and i in self.begun]
