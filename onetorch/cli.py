@@ -862,9 +862,8 @@ def _doctor(positional: list[str], flags: Flags) -> int:
     else:
         rows += [("gpu", "none", "everything runs on the processor")]
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    rows += [("compiler", compiler or "none", "" if compiler else "torch.compile on the CPU needs g++ or clang++ from your system's packages")]
-    for extra, packages in {"media": ("matplotlib", "bokeh", "pygame", "av"), "rl": ("mujoco",), "dev": ("pytest", "ruff", "mypy")}.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    rows += [("compiler", compiler or "none", "" if compiler else "block-sparse kernels are slow and torch.compile fails without: install g++ or clang++")]
+    for extra, missing in provenance.extras().items():
         rows.append((f"extra {extra}", f"lacks {', '.join(missing)}" if missing else "complete", f"pip install 'onetorch[{extra}]'" if missing else ""))
     free = shutil.disk_usage(".").free
     rows.append(("disk", f"{free / 2**30:.0f} GiB free", str(Path.cwd())))
