@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onetorch import __version__, recipes
-from onetorch.runs import algorithm, folder, sweep
+from onetorch.runs import algorithm, folder, sweep, trust
 from onetorch.runs import config as configs
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import OneTorchError, RunError, Stopped, UsageError
@@ -30,17 +30,28 @@ onetorch: create, run and share optimized PyTorch models
   onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
   onetorch eval RUN [--option value …]       evaluate a run from its folder alone
+  onetorch plot RUN… [--x seconds] [--y …]   draw curves, mean and interval over seeds, to PNG or SVG
+  onetorch report RUN… [--y NAME]            one HTML page: curves, statistics, media, where it came from
+  onetorch diff A B                          what differs between two runs: config, metrics, weights
+  onetorch board RUN… [--out DIR]            the runs' metrics as TensorBoard's event files
+  onetorch share RUN DEST                    a model folder for others: a path, a URL, or hf://owner/name
+  onetorch get SRC [DIR]                     copy a model folder, check every byte and what the model answers here
+  onetorch verify DIR [--results]            the same in place; --results evaluates again and compares with the card
+  onetorch port FILE.pt OUT.safetensors      tensors out of a pickle, without running it
   onetorch new NAME --from RECIPE            a recipe as a file of yours, to change at will
   onetorch doctor                            what this machine has, and what is missing
 
 RECIPE is a name from the list or the path of a file of yours (my_idea.py). `onetorch COMMAND --help` tells more.
 Exit codes: 0 done, 2 wrong usage, 3 a run failed, 130/138/143 stopped by SIGINT/SIGUSR1/SIGTERM after saving."""
 
+TRUST_HELP = "run code of the folder that is not onetorch's nor yours; shows it first"
 RUN_FLAGS = {
     "dir": "the run's folder (else runs/RECIPE-xxxxxx)",
     "plan": "fix the speed plan or a part of it: name=value,name=value",
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
+    "from": "begin with the weights of a run, a model folder (path or URL), a .safetensors or a .pt file",
+    "trust_code": TRUST_HELP,
 }
 SWEEP_FLAGS = {
     "dir": "the sweep's folder (else runs/sweep-RECIPE-xxxxxxxx, the same for the same trials)",
@@ -50,7 +61,16 @@ SWEEP_FLAGS = {
     "time_limit": RUN_FLAGS["time_limit"],
     "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
 }
-RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds")}
+RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "trust_code")}
+SHARE_FLAGS = {
+    "license": "the licence others get, as an SPDX identifier: MIT, Apache-2.0, CC-BY-4.0; without one nobody may use it unasked",
+    "allow": "share these findings all the same: FILE or FILE:LINE, several",
+    "public": "a repository that hf:// makes is public (else private)",
+    "yes": "do not ask",
+    "trust_code": TRUST_HELP,
+}
+GET_FLAGS = {"trust_code": TRUST_HELP, "yes": "do not ask"}
+VERIFY_FLAGS = {"results": "evaluate again, with the card's options, and compare"} | GET_FLAGS
 
 COMMAND_HELP = {
     "list": "onetorch list: the recipes, their algorithms and what each is expected to reach.",
@@ -64,6 +84,27 @@ Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Ex
     "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit; or with the sweep in DIR.",
     "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
     "eval": "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.",
+    "plot": (
+        "onetorch plot RUN… | SWEEP [--x steps|seconds] [--y NAME …] [--out FILE.png|FILE.svg]: draw curves. A SWEEP is a folder with runs in it.\n"
+        "Runs that differ only in seed are one group: its mean, with a 95 % bootstrap interval. Without --x over both, without --y the first six quantities,\n"
+        "without --out to curves.png here."
+    ),
+    "report": (
+        "onetorch report RUN… | SWEEP [--y NAME] [--better larger|smaller] [--out FILE.html]: one HTML page that opens offline.\n"
+        "Curves that can be switched, what differed and which difference mattered, statistics over seeds, videos and samples, where it all came from.\n"
+        "--y is the quantity by which runs are compared (else the first that their evaluations gave), --better says which way (else its name does).\n"
+        "Without --out to report.html in the run's or sweep's folder, or here."
+    ),
+    "diff": "onetorch diff A B: what differs between two runs: config, origin, results, metrics from which step on, weights tensor by tensor.",
+    "board": (
+        "onetorch board RUN… | SWEEP [--out DIR]: write TensorBoard's event files, one folder a run, to DIR (else ./board).\n"
+        "Run it again to bring them up to date. "
+        "Look at them with: tensorboard --logdir DIR (pip install 'onetorch[board]')"
+    ),
+    "share": "onetorch share RUN DEST [options]: write the newest checkpoint as a model folder. DEST: a path, a URL (s3://, …) or hf://owner/name.",
+    "get": "onetorch get SRC [DIR] [options]: copy a model folder to DIR, checked; exit code 0 says that the model answers here as it did there.",
+    "verify": "onetorch verify DIR|URL [options]: check sizes, hashes, weights and golden outputs in place.",
+    "port": "onetorch port FILE.pt OUT.safetensors [--key NAME]: the tensors of a state dict (--key: a part of the file), read in a process with limits.",
     "new": "onetorch new NAME --from RECIPE: write NAME.py, the recipe's algorithm with its values as defaults. It runs at once: onetorch train NAME.py",
     "doctor": "onetorch doctor: versions, processor, GPUs, compiler, optional packages and how to get them.",
 }
@@ -109,6 +150,8 @@ def _print(text: str = "") -> None:
 
 def _dispatch(words: list[str]) -> int:
     commands = {"list": _list, "show": _show, "train": _train, "sweep": _sweep, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
+    commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port}
+    commands |= {"plot": _plot, "report": _report, "diff": _diff, "board": _board}
     if not words or words[0] in ("--help", "-h", "help"):
         _print(HELP)
         return 0
@@ -155,6 +198,38 @@ def _one(flags: Flags, name: str) -> str | None:
     return values[0]
 
 
+def _switches(positional: list[str], flags: Flags, *names: str) -> list[bool]:
+    """Whether each option that takes no value was given; words that stood behind it are positional."""
+    given = [name in flags for name in names]
+    for name in names:
+        positional += flags.pop(name, [])
+    return given
+
+
+def _ask(question: str) -> bool:
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _gate(trusted: bool, yes: bool, otherwise: trust.Gate) -> trust.Gate:
+    """What stands between a folder's code and its execution: `otherwise`, or with --trust-code a look at it."""
+
+    def show(code: bytes, path: Path) -> None:
+        if shown.get(path) == code or (otherwise is trust.own_only and trust.own(code)):
+            return
+        _print(f"--trust-code: this would run, from {trust.printable(str(path))}")
+        for number, line in enumerate(trust.printable(code.decode("utf-8", errors="backslashreplace")).split("\n"), 1):
+            _print(f"{number:5} | {line}")
+        sys.stdout.flush()
+        if sys.stdin.isatty() and not yes and not _ask("run it?"):
+            raise UsageError("nothing was run")
+        shown[path] = code
+
+    shown: dict[Path, bytes] = {}
+    return show if trusted else otherwise
+
+
 def _only(positional: list[str], what: str, command: str) -> str:
     if len(positional) != 1:
         raise UsageError(f"{command} takes one {what}, got {' '.join(positional) or 'none'}; `onetorch {command} --help`")
@@ -185,9 +260,9 @@ class Resolved:
     given: list[str]  # the words of the command line that are needed to say it again
 
 
-def _resolve(target: str, flags: Flags) -> Resolved:
+def _resolve(target: str, flags: Flags, gate: trust.Gate = trust.own_only) -> Resolved:
     if target.endswith(".py") or os.sep in target:
-        source = algorithm.read(Path(target))
+        source = algorithm.read(Path(target), gate)
         name = source.name
         base = _checked(source.Config, source)
     else:
@@ -256,12 +331,10 @@ def _table(rows: Sequence[tuple[str, ...]], widest: int = 44) -> None:
 def _command_help(command: str, rest: list[str]) -> None:
     _print(COMMAND_HELP[command])
     targets = [w for w in rest if not w.startswith("-")][:1]
-    if command in ("train", "resume"):
-        _print("\nrun options:")
-        _table([(f"  --{n}", text) for n, text in (RUN_FLAGS if command == "train" else RESUME_FLAGS).items()])
-    if command == "sweep":
-        _print("\nsweep options:")
-        _table([(f"  --{n}", text) for n, text in SWEEP_FLAGS.items()])
+    tables = {"train": RUN_FLAGS, "sweep": SWEEP_FLAGS, "resume": RESUME_FLAGS, "share": SHARE_FLAGS, "get": GET_FLAGS, "verify": VERIFY_FLAGS}
+    if command in tables:
+        _print("\nrun options:" if command in ("train", "resume") else "\noptions:")
+        _table([(f"  --{n}", text) for n, text in tables[command].items()])
     if command in ("train", "sweep", "show") and targets:
         resolved = _resolve(targets[0], {})
         _print(f"\nfields of {resolved.name}:")
@@ -287,7 +360,8 @@ def _list(positional: list[str], flags: Flags) -> int:
 
 
 def _show(positional: list[str], flags: Flags) -> int:
-    resolved = _resolve(_only(positional, "recipe", "show"), flags)
+    (trusted,) = _switches(positional, flags, "trust_code")
+    resolved = _resolve(_only(positional, "recipe", "show"), flags, _gate(trusted, False, trust.own_only))
     _print(f"{resolved.name}: {resolved.source.doc}")
     _print(f"from {resolved.source.path}\n")
     _table([("FIELD", "VALUE", "ORIGIN", "TYPE", "MEANING"), *_fields(resolved)])
@@ -295,6 +369,7 @@ def _show(positional: list[str], flags: Flags) -> int:
 
 
 def _new(positional: list[str], flags: Flags) -> int:
+    (trusted,) = _switches(positional, flags, "trust_code")
     name = _only(positional, "name", "new")
     target = _one(flags, "from")
     _nothing_left(flags, ("from",), "new")
@@ -307,7 +382,7 @@ def _new(positional: list[str], flags: Flags) -> int:
         raise UsageError(f"{path} exists already; choose another name")
     if path.stem in sys.stdlib_module_names or keyword.iskeyword(path.stem) or importlib.util.find_spec(path.stem):
         raise UsageError(f"{path.stem!r} is the name of a Python module, which {path} would hide; choose another name")
-    resolved = _resolve(target, {})
+    resolved = _resolve(target, {}, _gate(trusted, False, trust.own_only))
     changed = list(dict.fromkeys(n.partition(".")[0] for n, origin in resolved.origin.items() if origin != "default"))
     origin = resolved.source.module or resolved.source.path.name
     head = f"# Begun as a copy of {origin} (recipe {resolved.name}, onetorch {__version__}). Change what you like; it keeps the whole run.\n"
@@ -379,6 +454,58 @@ def _cost(record: dict[str, Any]) -> str:
     return f"{record['cost']['seconds']:.1f} s, {record['cost']['cpu_seconds']:.1f} CPU-s"
 
 
+def _plot(positional: list[str], flags: Flags) -> int:
+    clocks = flags.pop("x", [])
+    ys, out = flags.pop("y", []), Path(_one(flags, "out") or "curves.png")
+    _nothing_left(flags, ("x", "y", "out"), "plot")
+    from onetorch.runs import compare, plot
+
+    return _drawn(out, plot.draw(compare.load(positional), out, clocks=clocks or plot.CLOCKS, ys=ys))
+
+
+def _report(positional: list[str], flags: Flags) -> int:
+    y, better, out = _one(flags, "y"), _one(flags, "better"), _one(flags, "out")
+    _nothing_left(flags, ("y", "better", "out"), "report")
+    from onetorch.runs import report
+
+    try:
+        return _drawn(*report.of_words(positional, Path(out) if out else None, y=y, better=better))
+    except OSError as error:
+        raise UsageError(folder.explain(error, Path(error.filename or "."))) from error
+
+
+def _drawn(target: Path, remarks: Sequence[str]) -> int:
+    for remark in remarks:
+        sys.stderr.write(remark + "\n")
+    _print(f"{target} ({target.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+def _diff(positional: list[str], flags: Flags) -> int:
+    _nothing_left(flags, (), "diff")
+    if len(positional) != 2:
+        raise UsageError(f"diff takes two runs, got {' '.join(positional) or 'none'}; `onetorch diff --help`")
+    from onetorch.runs import diff
+
+    for title, rows in diff.compare_runs(*map(Path, positional)):
+        if rows:
+            _table(rows, widest=60)
+            _print()
+        else:
+            _print(title)
+    return 0
+
+
+def _board(positional: list[str], flags: Flags) -> int:
+    out = _one(flags, "out") or "board"
+    _nothing_left(flags, ("out",), "board")
+    from onetorch.runs import board
+
+    made = board.convert(positional, Path(out))
+    _print(f"{len(made)} {'run' if len(made) == 1 else 'runs'} in {out}; look at them with: tensorboard --logdir {shlex.quote(out)}")
+    return 0
+
+
 # -- commands that do ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -397,20 +524,23 @@ def _seconds(text: str | None, flag: str) -> float | None:
 
 def _pace(flags: Flags) -> dict[str, Any]:
     """The run options of `train` and `resume` that are times."""
-    times = {name: _seconds(_one(flags, name), name) for name in RESUME_FLAGS}
+    times = {name: _seconds(_one(flags, name), name) for name in ("time_limit", "checkpoint_seconds")}
     return {name: value for name, value in times.items() if value is not None}
 
 
 def _train(positional: list[str], flags: Flags) -> int:
-    target = _only(positional, "recipe", "train")
+    (trusted,) = _switches(positional, flags, "trust_code")
+    target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
     where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
     if where == "":
         raise UsageError("--dir: expected a folder, got an empty name")
     if _several(flags):
         made = _design(target, flags, fixed, where)
         if len(made.trials) > 1:
+            if begin is not None:
+                raise UsageError("--from begins one run; a sweep's trials begin with the algorithm's own weights")
             return _run_sweep(made, **pace)
-    resolved = _resolve(target, flags)
+    resolved = _resolve(target, flags, _gate(trusted, False, trust.own_only))
     path = Path(where) if where else _free_folder(resolved.name)
     if folder.holds_run(path):
         raise folder.refuse(path)
@@ -419,7 +549,12 @@ def _train(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import plan
     from onetorch.runs.run import Run
 
-    words = ["onetorch", "train", target, *resolved.given]
+    weights, origin = None, None
+    if begin is not None:
+        from onetorch.share.load import weights_of
+
+        weights, origin = weights_of(begin)
+    words = ["onetorch", "train", target, *resolved.given, *(["--from", begin] if begin is not None else [])]
     run = Run(
         path,
         configs.from_json(configs.to_json(resolved.config), module.Config),
@@ -427,6 +562,8 @@ def _train(positional: list[str], flags: Flags) -> int:
         algorithm=resolved.source.module,
         source=resolved.source.path,
         command=words,
+        weights=weights,
+        origin=origin,
         fixed=plan.parse(fixed or ""),
         **pace,
     )
@@ -503,6 +640,7 @@ def _free_folder(name: str) -> Path:
 
 
 def _resume(positional: list[str], flags: Flags) -> int:
+    (trusted,) = _switches(positional, flags, "trust_code")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
     if sweep.is_sweep(path):
@@ -510,7 +648,7 @@ def _resume(positional: list[str], flags: Flags) -> int:
         _nothing_left(flags, (*RESUME_FLAGS, "slots", "on"), "resume of a sweep")
         return _run_sweep(sweep.load(path), **how, **pace)
     _nothing_left(flags, RESUME_FLAGS, "resume")
-    source = algorithm.of_run(path)
+    source = algorithm.of_run(path, _gate(trusted, False, trust.own_only))
     folder.config(path, source.Config)
     record = folder.read_json(path / "run.json")
     if folder.status(path, record) == "done":
@@ -526,7 +664,7 @@ def _work(module: Any, run: Any) -> int:
     """Train, evaluate, draw; whatever happens, the run's record says so."""
     from onetorch.runs import plan, report
 
-    run.say(f"run: {run.folder}")
+    run.say(f"run: {run.folder}  ({run.record['command']})")
     again = ""
     try:
         with run:
@@ -559,8 +697,10 @@ def _number(value: Any) -> str:
 
 
 def _eval(positional: list[str], flags: Flags) -> int:
+    (trusted,) = _switches(positional, flags, "trust_code")
     path = Path(_only(positional, "run", "eval"))
-    source = algorithm.of_run(path)
+    gate = _gate(trusted, False, trust.own_only)
+    source = algorithm.of_run(path, gate)
     kinds = {name: kind for name, (kind, _) in source.options.items()}
     options: dict[str, Any] = {}
     for flag, texts in flags.items():
@@ -572,20 +712,133 @@ def _eval(positional: list[str], flags: Flags) -> int:
         except ValueError as error:
             raise UsageError(f"--{name}: {error}") from error
 
-    from onetorch.share.load import load
+    from onetorch.share.load import load_run
 
-    model = load(path)
-    module = source.load()
+    run = load_run(path, gate)
     media = path / "media"
     try:
         media.mkdir(exist_ok=True)
-        results = module.evaluate(model, folder.config(path, module.Config), media=media, **options)
-        entry = {"format": folder.FORMAT, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "options": {k: configs.to_json(v) for k, v in options.items()}}
-        folder.write_json(path / "eval.json", entry | {"results": results})
+        results = run.module.evaluate(run.model, run.config, media=media, **options)
+        given = {name: configs.to_json(value) for name, value in options.items()}
+        entry = {"format": folder.FORMAT, "step": run.saved and run.saved.step, "options": given, "results": results}
+        folder.write_json(path / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     except OSError as error:
         raise UsageError(folder.explain(error, path)) from error
     _table([(name, _number(value)) for name, value in results.items()])
     _print(f"written to {path / 'eval.json'} and {media}")
+    return 0
+
+
+def _share(positional: list[str], flags: Flags) -> int:
+    trusted, yes, public = _switches(positional, flags, "trust_code", "yes", "public")
+    licence, allow = _one(flags, "license"), tuple(flags.pop("allow", []))
+    _nothing_left(flags, SHARE_FLAGS, "share")
+    if len(positional) != 2:
+        raise UsageError(f"share takes a run and a destination, got {' '.join(positional) or 'none'}; `onetorch share --help`")
+    if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+        raise UsageError(f"--license: expected an SPDX identifier such as MIT or Apache-2.0, got {licence!r}")
+    run, where = Path(positional[0]), positional[1]
+    if "://" not in where:
+        from onetorch.share.folder import free
+
+        free(Path(where))
+    from onetorch.runs import sealed
+    from onetorch.share.pack import pack, publish
+
+    package = pack(run, where, licence=licence, allow=allow, gate=_gate(trusted, yes, trust.own_only))
+    for place, what in package.private:
+        _error(f"{place}: {what}")
+    if package.private:
+        raise UsageError(f"nothing was shared: take these out, or share them on purpose with --allow {' '.join(place for place, _ in package.private)}")
+    _print(f"{where} will hold")
+    _table([(f"  {name}", f"{sealed.length(pieces):,} bytes") for name, pieces in package.files.items()] + [("  manifest.json", "size and SHA-256 of each")])
+    for note in package.notes:
+        _print(f"note: {note}")
+    sys.stdout.flush()
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("share asks before it writes, and there is no terminal to ask at: --yes writes this")
+        if not _ask("write it?"):
+            raise UsageError("nothing was written")
+    _print(f"shared: {publish(package, where, public)}")
+    if "://" not in where:
+        _print(f"check it as others will: onetorch verify {shlex.quote(where)}" + (" --trust-code" if not _of_ours(run) else ""))
+    return 0
+
+
+def _of_ours(run: Path) -> bool:
+    return folder.read_json(run / "config.json").get("algorithm") != "source.py"
+
+
+def _get(positional: list[str], flags: Flags) -> int:
+    trusted, yes = _switches(positional, flags, "trust_code", "yes")
+    _nothing_left(flags, GET_FLAGS, "get")
+    if len(positional) not in (1, 2):
+        raise UsageError(f"get takes a source and a folder, got {' '.join(positional) or 'none'}; `onetorch get --help`")
+    where = positional[0]
+    path = Path(positional[1] if len(positional) == 2 else where.rstrip("/").rpartition("/")[2].partition("@")[0])
+    from onetorch.share import folder as folders
+    from onetorch.share import places
+    from onetorch.share.load import foreign
+    from onetorch.share.verify import verify
+
+    folders.free(path)
+    contents = folders.fetch(places.place(where), path)
+    _print(f"{path}: a whole copy of {where}, every size and SHA-256 as in its manifest")
+    if foreign(contents) and not trusted:
+        raise UsageError(
+            f"{path / 'source.py'} is not part of onetorch, so it was not run and the model was not checked: "
+            f"read it, then `onetorch verify {shlex.quote(str(path))} --trust-code`"
+        )
+    for line in verify(contents, _gate(trusted, yes, trust.nobody))[1]:
+        _print(line)
+    return 0
+
+
+def _verify(positional: list[str], flags: Flags) -> int:
+    trusted, yes, again = _switches(positional, flags, "trust_code", "yes", "results")
+    _nothing_left(flags, VERIFY_FLAGS, "verify")
+    where = _only(positional, "folder", "verify")
+    from onetorch.share import folder as folders
+    from onetorch.share import places
+    from onetorch.share.verify import results, verify
+
+    contents = folders.read(places.place(where))
+    loaded, lines = verify(contents, _gate(trusted, yes, trust.nobody))
+    for line in lines:
+        _print(line)
+    if not again:
+        return 0
+    judgements = list(results(contents, loaded))
+    verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}
+    rows = [(j.name, _number(j.card), _number(j.here), verdict[j.agrees], j.why) for j in judgements]
+    _table([("VALUE", "CARD", "HERE", "", ""), *(tuple(map(trust.printable, row)) for row in rows)])
+    wrong = [j.name for j in judgements if j.agrees is False]
+    if wrong or not any(j.agrees for j in judgements):
+        from onetorch.runs.errors import RunError
+
+        raise RunError(f"{where}: the card does not hold on this machine: {', '.join(map(trust.printable, wrong)) or 'no value could be judged'}")
+    return 0
+
+
+def _port(positional: list[str], flags: Flags) -> int:
+    key = _one(flags, "key")
+    _nothing_left(flags, ("key",), "port")
+    if len(positional) != 2 or not positional[1].endswith(".safetensors"):
+        raise UsageError("port takes a file and the name of a .safetensors file to write; `onetorch port --help`")
+    source, target = map(Path, positional)
+    if target.exists() or target.is_symlink():
+        raise UsageError(f"{target} exists already; choose another name")
+    from onetorch.runs import sealed
+    from onetorch.share.port import tensors_of
+
+    tensors = tensors_of(source, key)
+    try:
+        sealed.write(target, sealed.dump(tensors))
+    except OSError as error:
+        raise UsageError(folder.explain(error, target)) from error
+    _table([(trust.printable(name), str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for name, t in sorted(tensors.items())])
+    _print(f"{target}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
     return 0
 
 
@@ -609,9 +862,8 @@ def _doctor(positional: list[str], flags: Flags) -> int:
     else:
         rows += [("gpu", "none", "everything runs on the processor")]
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    rows += [("compiler", compiler or "none", "" if compiler else "torch.compile on the CPU needs g++ or clang++ from your system's packages")]
-    for extra, packages in {"media": ("matplotlib", "pygame", "av"), "rl": ("mujoco",), "dev": ("pytest", "ruff", "mypy")}.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    rows += [("compiler", compiler or "none", "" if compiler else "block-sparse kernels are slow and torch.compile fails without: install g++ or clang++")]
+    for extra, missing in provenance.extras().items():
         rows.append((f"extra {extra}", f"lacks {', '.join(missing)}" if missing else "complete", f"pip install 'onetorch[{extra}]'" if missing else ""))
     free = shutil.disk_usage(".").free
     rows.append(("disk", f"{free / 2**30:.0f} GiB free", str(Path.cwd())))

@@ -1,7 +1,12 @@
-"""What pytest looks into here: with --doctest-modules it would import every file, also those that tests share and import by their own name."""
+"""What tests train is nobody's own code afterwards: the notes of it go into a folder of the session's."""
 
-from pathlib import Path
+from collections.abc import Iterator
+
+import pytest
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+@pytest.fixture(autouse=True, scope="session")
+def notes_of_own_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield

@@ -130,7 +130,7 @@ def test_from_nothing_to_a_trained_idea_and_back(say: Any) -> None:
     assert code == 0
     assert "run: a b/c" in out
     assert "again: onetorch train mine.py --steps 5 --hidden '[3]'" in out
-    assert err.startswith("run: a b/c\n")
+    assert err.startswith("run: a b/c  (onetorch train ")
     assert {p.name for p in Path("a b/c").iterdir()} >= {"config.json", "run.json", "metrics.jsonl", "checkpoints", "media", "report.html", "source.py"}
     error = re.search(r"error (\S+)", out)
 

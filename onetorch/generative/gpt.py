@@ -174,6 +174,11 @@ def build(config: Config) -> GPT:
     return GPT(config)
 
 
+def example(config: Config) -> Tensor:
+    """A window of bytes (1, T) for the module to answer, when it is shared."""
+    return torch.randint(BYTES, (1, min(32, config.context)))
+
+
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to."""
     matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix}

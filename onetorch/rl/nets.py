@@ -99,6 +99,11 @@ class ActorCritic(nn.Module):
         self.norm = RunningNorm(spaces.obs_dim) if normalize_obs else None
         self.act_dim = spaces.act_dim
 
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """At observations (…, D) as the environment gives them: logits or means of the actions (…, A), and v (…,)."""
+        normal = self.normalize(obs)
+        return self.pi(normal), self.value(normal)
+
     def noise(self, *shape: int) -> Tensor:
         """Noise for `act`, (*shape, A): standard Gumbel for Discrete actions, standard normal for Box."""
         return -torch.empty(*shape, self.act_dim).exponential_().log() if self.discrete else torch.randn(*shape, self.act_dim)

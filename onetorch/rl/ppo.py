@@ -101,6 +101,11 @@ def build(config: Config) -> ActorCritic:
     return ActorCritic(environments.spaces(config.env), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
+def example(config: Config) -> Tensor:
+    """Observations (8, D) for the module to answer, when it is shared."""
+    return torch.randn(8, environments.spaces(config.env).obs_dim)
+
+
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)

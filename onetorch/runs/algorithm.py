@@ -3,6 +3,9 @@
 An algorithm is one Python file with `Config`, `build(config)`, `train(config, run)` and `evaluate(model, config, *, media=None, …)`. The command line has to
 know its fields before it does any work, and importing torch takes a second, so the file is first only *read*: of its top-level statements those are
 executed that `Config` and the signature of `evaluate` need, and no others.
+
+A file that may be shared has one function more: `example(config)` gives a tensor, or a tuple of tensors, for the module to answer with tensors (or tuples and
+dicts of them). `onetorch share` keeps inputs and answers in the model folder, and whoever gets it checks that the model answers the same there. A few rows do.
 """
 
 import ast
@@ -10,9 +13,9 @@ import copy
 import dataclasses
 import enum
 import importlib
-import importlib.util
 import inspect
 import io
+import linecache
 import math
 import sys
 import tokenize
@@ -21,7 +24,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from onetorch.runs import folder
+from onetorch.runs import folder, trust
 from onetorch.runs.config import hints, nearest
 from onetorch.runs.errors import UsageError
 
@@ -35,6 +38,7 @@ class Algorithm:
 
     path: Path
     module: str | None
+    code: bytes  # the file as it was read; what runs is this, whatever became of the file
     doc: str  # first line of the file's docstring
     Config: type
     docs: dict[str, str]  # field name of Config to its trailing comment
@@ -49,14 +53,14 @@ class Algorithm:
         """Import the file (and so torch). UsageError names the file and line if it does not import."""
         if self.module:
             return importlib.import_module(self.module)
-        name = f"onetorch_idea_{self.path.stem}"
-        spec = importlib.util.spec_from_file_location(name, self.path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        # Not through the import system, which would believe a compiled file in a __pycache__ beside it before the source that was read and checked.
+        module = types.ModuleType(f"onetorch_idea_{self.path.stem}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module
+        text = self.code.decode("utf-8")
+        linecache.cache[str(self.path)] = (len(self.code), None, text.splitlines(keepends=True), str(self.path))  # for tracebacks, torch.compile and Triton
         try:
-            spec.loader.exec_module(module)
+            exec(compile(text, str(self.path), "exec", dont_inherit=True), module.__dict__)
         except Exception as error:
             line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == str(self.path)), None)
             raise UsageError(f"{self.path}{f':{line}' if line else ''} does not import: {type(error).__name__}: {error}") from error
@@ -75,46 +79,69 @@ def headline(path: Path) -> str:
     return path.read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0].strip(' "')
 
 
-def read(name_or_path: str | Path) -> Algorithm:
-    """Read an algorithm by the name of one of onetorch's files (`"ppo"`) or by the path of a user's file (ending in `.py`)."""
+def read(name_or_path: str | Path, gate: trust.Gate = trust.own_only) -> Algorithm:
+    """Read an algorithm by the name of one of onetorch's files (`"ppo"`) or by the path of a user's file (ending in `.py`).
+
+    The `source.py` of a run's or a model's folder is a stranger's: `gate` is asked before anything of it is executed.
+    """
     if isinstance(name_or_path, str) and not name_or_path.endswith(".py"):
         files = builtin()
         if name_or_path not in files:
             raise UsageError(f"there is no algorithm {name_or_path!r}{nearest(name_or_path, files)}; known: {', '.join(files)}")
         path = files[name_or_path]
-        return _read(path, f"onetorch.{path.parent.name}.{path.stem}")
+        return of_code(path, _content(path), f"onetorch.{path.parent.name}.{path.stem}")
     path = Path(name_or_path)
     if not path.is_file():
         raise UsageError(f"there is no file {path}{nearest(path.name, (p.name for p in path.parent.glob('*.py')))}")
-    return _read(path.resolve(), None)
+    code = _content(path)
+    # Before links are followed and after: neither what lies in a received folder nor what it points to is run unasked.
+    if any(p.name == "source.py" and (p.parent / "config.json").exists() for p in (path, path.resolve())):
+        gate(code, path)
+    return of_code(path.resolve(), code)
 
 
-def of_run(where: Path) -> Algorithm:
-    """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there."""
+def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
+    """The algorithm that the run in the folder `where` was made with: one of onetorch's own, or the copy of a user's file that stands there.
+
+    Reading a Config executes a part of the file, so `gate` is asked first.
+    """
+    if (where / "manifest.json").exists():
+        raise UsageError(f"{where} is a model folder, not a run: onetorch verify {where} --results evaluates it, onetorch train RECIPE --from {where} goes on")
     if not folder.holds_run(where):
         near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
         raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)
-    name = folder.read_json(where / "config.json").get("algorithm")
-    if name == "source.py":
-        return read(where / "source.py")
-    if name is None:
+    entry = folder.read_json(where / "config.json")
+    if entry.get("algorithm") is None:
         raise UsageError(f"{where} was made by code that stood in no file, so its model cannot be built again; its weights are in checkpoints/")
-    # Only the name of a file of ours is taken from the folder, never a module to import.
+    return read(where / "source.py", gate) if entry["algorithm"] == "source.py" else named(entry, where / "config.json", gate)
+
+
+def named(entry: dict[str, Any], where: Path, gate: trust.Gate) -> Algorithm:
+    """The algorithm of ours that a config.json (`entry`, found at `where`) names; a name is all that is taken from there. `gate` is asked about imports."""
+    name = entry.get("algorithm")
     known = {f"onetorch.{p.parent.name}.{p.stem}": n for n, p in builtin().items()}
     if not isinstance(name, str) or name not in known:
-        raise UsageError(f"{where / 'config.json'} names the algorithm {name!r}, which this onetorch does not have")
+        raise UsageError(f"{where} names the algorithm {name!r}, which this onetorch does not have")
+    for code in trust.imports(entry.get("config")):
+        gate(code, where)
     return read(known[name])
 
 
-def _read(path: Path, module: str | None) -> Algorithm:
+def _content(path: Path) -> bytes:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def of_code(path: Path, code: bytes, module: str | None = None) -> Algorithm:
+    """The algorithm whose file has these bytes; `path` is what messages call it. Executes what `Config` needs: whoever calls has to trust the code."""
+    try:
+        text = code.decode("utf-8")
         tree = ast.parse(text, filename=str(path))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         where = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(f"{path}{where} is not valid Python: {getattr(error, 'msg', error)}") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     bound = {name: node for node in tree.body for name in _binds(node)}
     missing = [part for part in PARTS if part not in bound]
     if missing:
@@ -132,7 +159,7 @@ def _read(path: Path, module: str | None) -> Algorithm:
         p.name: (kinds.get(p.name, str), p.default) for p in inspect.signature(evaluate).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "media"
     }
     doc = (ast.get_docstring(tree) or "").strip().split("\n")[0]
-    return Algorithm(path, module, doc, Config, _field_comments(text, bound["Config"]), options)
+    return Algorithm(path, module, code, doc, Config, _field_comments(text, bound["Config"]), options)
 
 
 def _binds(node: ast.stmt) -> list[str]:
@@ -181,7 +208,7 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
     sys.modules[module.__name__] = module
     module.__file__ = str(path)
     try:
-        exec(compile(ast.Module(body, []), str(path), "exec"), module.__dict__)
+        exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == str(path)), None)
         raise UsageError(f"{path}{f':{line}' if line else ''}: Config cannot be read: {type(error).__name__}: {error}") from error
@@ -202,7 +229,7 @@ def _field_comments(text: str, config: ast.stmt) -> dict[str, str]:
 
 def with_defaults(algorithm: Algorithm, config: Any, changed: list[str]) -> str:
     """The text of the algorithm's file with the defaults of the fields of `Config` named in `changed` replaced by their values in `config`."""
-    text = algorithm.path.read_text(encoding="utf-8")
+    text = algorithm.code.decode("utf-8")
     lines = text.splitlines(keepends=True)
     body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
     fields = {n.target.id: n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}

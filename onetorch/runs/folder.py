@@ -70,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in `folder`."""
-    return (folder / "config.json").exists()
+    """Whether a run was begun in `folder`. A model folder has a config too, and a manifest beside it."""
+    return (folder / "config.json").exists() and not (folder / "manifest.json").exists()
 
 
 def config(path: Path, Config: type) -> Any:

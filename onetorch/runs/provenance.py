@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def extras() -> dict[str, list[str]]:
+    """Each extra of the installed onetorch, and which of its packages are missing."""
+    needs = metadata.requires("onetorch") or []
+    lacking: dict[str, list[str]] = {extra: [] for extra in metadata.metadata("onetorch").get_all("Provides-Extra") or []}
+    for need in needs:
+        name, extra = re.match(r"[\w.-]+", need), re.search(r"extra == ['\"]([\w-]+)", need)
+        if name and extra:
+            try:
+                metadata.version(name[0])
+            except metadata.PackageNotFoundError:
+                lacking[extra[1]].append(name[0])
+    return lacking
 
 
 def command() -> list[str]:

@@ -18,7 +18,6 @@ import math
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -31,7 +30,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from onetorch.runs import checkpoint, folder, plan, provenance, state
+from onetorch.runs import checkpoint, folder, plan, provenance, sealed, state, trust
 from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.progress import Progress, clock
@@ -42,6 +41,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 18.0  # seconds a step may still take after a stop signal; whoever sent it waits 20
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or …
 CHECKPOINT_SHARE = 0.03  # … longer, so that saving takes at most this share of the time
+INITIAL = "initial.safetensors"  # the weights that a run began from, where they were given
 FLUSH_SECONDS = 0.5  # a row of metrics is in the file at most this much later
 
 
@@ -55,6 +55,7 @@ class Run:
         algorithm, source: module (of onetorch's own) and path of the file that runs, else those of `config`'s class; a user's own file is copied into the
             folder, so that the folder is enough to go on.
         command: the words that repeat this run.
+        weights: begin with these instead of the algorithm's own (names and shapes of its model's); `origin` is where they came from, for the record.
         fixed: choices of the speed plan that shall not be measured, as `--plan` takes them (`{"threads": "1"}`).
         threads: the most threads that the speed plan may choose, for a run that shares its machine with others.
         git: what `provenance.git` says of `source`, where that is known already.
@@ -77,6 +78,8 @@ class Run:
         algorithm: str | None = None,
         source: Path | None = None,
         command: list[str] | None = None,
+        weights: dict[str, torch.Tensor] | None = None,
+        origin: dict[str, Any] | None = None,
         fixed: dict[str, str] | None = None,
         threads: int | None = None,
         git: tuple[dict[str, Any] | None, str] | None = None,
@@ -108,6 +111,8 @@ class Run:
         self._written = hashlib.sha256()  # of metrics.jsonl so far
         self._retiring: threading.Thread | None = None
         self._last_step: int | None = None
+        self._initialized = False
+        self._given = (weights, origin)
         self._open(recipe, algorithm, source, command, fixed or {})
         self._start = self._saved_at = self._flushed = time.perf_counter()
         self._start_cpu = time.process_time()
@@ -124,7 +129,7 @@ class Run:
         if not self._resume:
             if folder.holds_run(path):
                 raise folder.refuse(path)
-            ours = ("run.lock", "run.json", "source.py", "git.diff", "media", "output.txt")  # what a run killed in its first moments leaves
+            ours = ("run.lock", "run.json", "source.py", "git.diff", "media", "output.txt", INITIAL)  # what a run killed in its first moments leaves
             foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")] if path.is_dir() else []
             if foreign:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
@@ -178,11 +183,29 @@ class Run:
         if diff:
             (self.folder / "git.diff").write_text(diff, encoding="utf-8")
         if source and algorithm is None:
-            shutil.copyfile(source, self.folder / "source.py")
+            code = source.read_bytes()
+            (self.folder / "source.py").write_bytes(code)
+            self._remember(code, source.name)
+        for code in trust.imports(to_json(self.config)):
+            self._remember(code, "named by a config")
+        weights, origin = self._given
+        self._given = (None, None)
+        if weights is not None:
+            # Kept in the run, so that one killed before its first checkpoint begins again from the same weights, wherever they came from.
+            pieces = sealed.dump(weights)
+            self.record["from"] = {**(origin or {}), "bytes": sealed.length(pieces), "sha256": sealed.sha256(pieces)}
+            (self.folder / INITIAL).unlink(missing_ok=True)  # of a run that was killed before it had a config
+            sealed.write(self.folder / INITIAL, pieces)
+            sealed.flush(self.folder / INITIAL).result()
         folder.write_json(self.folder / "run.json", self.record)
         # Last: a folder holds a run from the moment that its config stands in it.
         entry = {"format": folder.FORMAT, "recipe": self.record["recipe"], "algorithm": algorithm or (source and "source.py"), "config": to_json(self.config)}
         folder.write_json(self.folder / "config.json", entry)
+
+    def _remember(self, code: bytes, name: str) -> None:
+        problem = trust.remember(code, name)
+        if problem:
+            self.say(f"{name} could not be noted as your own code ({problem}): `onetorch resume` of this run will want --trust-code")
 
     def _reopen(self) -> None:
         self.record = folder.read_json(self.folder / "run.json")
@@ -233,25 +256,54 @@ class Run:
                 raise RunError(f"{self.folder} ran on {recorded['device']}, which is not here: go on where it is, or begin a new run in another --dir")
             choice, note = dict(recorded), "as recorded"
         elif (kept := plan.cached(key, narrowed)) is not None:
-            choice, note = kept, "measured earlier on this machine"
+            choice, note = kept, "measured earlier on this machine; --plan fixes it"
         else:
             generators = (torch.get_rng_state(), np.random.get_state(), random.getstate())
             choice, seconds = plan.choose(measure, narrowed)
             torch.set_rng_state(generators[0])
             np.random.set_state(generators[1])
             random.setstate(generators[2])
-            note = f"measured in {seconds:.1f} s" if seconds else "nothing to measure"
+            note = f"measured in {seconds:.1f} s; --plan fixes it" if seconds else "nothing to measure"
             problem = plan.keep(key, choice) if seconds else None
             if problem:
                 note += f", not kept for the next run: {problem}"
         plan.set_threads(choice)
         self.record["plan"] = choice
         folder.write_json(self.folder / "run.json", self.record)
-        self.say(f"plan: {plan.show(choice)} ({note}; --plan fixes it)")
+        self.say(f"plan: {plan.show(choice)} ({note})")
         return dict(choice)
 
+    def initialize(self, model: torch.nn.Module) -> None:
+        """Give a new model the weights that this run is to begin from (`train --from`); does nothing where there are none.
+
+        `restore` does it for `state.model`. An algorithm that makes copies of its model (targets, averages) calls this before it makes them.
+        UsageError when names or shapes are not the model's, CheckpointError when the run's copy of the weights is damaged.
+        """
+        entry = self.record.get("from")
+        if entry is None or self._initialized or (self._resume and checkpoint.steps(self.folder / "checkpoints")):
+            return
+        path = self.folder / INITIAL
+        content, digest = sealed.read(path, entry["bytes"])
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in run.json")
+        weights = sealed.parse(content, path)
+        problem = state.misfit(weights, model.state_dict())
+        if problem:
+            raise UsageError(f"the weights of {entry.get('path', path)} do not fit this model: {problem}; begin with the config they were made with")
+        model.load_state_dict(weights)
+        self._initialized = True
+        self.say(f"begins from the weights of {entry.get('path', path)}")
+
+    def _initialize(self, live: Any) -> None:
+        if "from" in self.record:
+            if not isinstance(getattr(live, "model", None), torch.nn.Module):
+                raise UsageError("this algorithm cannot begin from given weights: its State has no module called `model`")
+            self.initialize(live.model)
+
     def restore(self, live: S) -> S:
-        """Bring a state (a dataclass) to the newest valid checkpoint; unchanged where there is none. Returns the same object.
+        """Bring a state (a dataclass) to the newest valid checkpoint; where there is none, `state.model` to the weights given to begin from, if any.
+
+        Returns the same object.
 
         Raises CheckpointError when checkpoints stand there and none can be used, or when config or code are not the ones that wrote it.
         """
@@ -259,6 +311,7 @@ class Run:
             raise TypeError(f"restore: expected an instance of the algorithm's State dataclass, got {type(live).__name__}")
         self._state = live
         if not self._resume:
+            self._initialize(live)
             return live
         found, damaged = checkpoint.newest(self.folder / "checkpoints")
         for problem in damaged:
@@ -266,6 +319,7 @@ class Run:
         if found is None:
             self.say(f"{self.folder} was stopped before its first checkpoint: it begins again")
             self._cut_metrics(0, self._written.hexdigest())
+            self._initialize(live)
             return live
         record = found.record
         kinds = {"last_step": int | None, "metrics_bytes": int, "metrics_sha256": str, "seconds": float, "cpu_seconds": float, "state": dict}

@@ -167,6 +167,21 @@ def restore_state(state: Any, tree: dict[str, Any], model: dict[str, torch.Tenso
         raise CheckpointError(f"the checkpoint does not fit the algorithm: {place}: {' '.join(str(error).split())[:300]}") from error
 
 
+def misfit(weights: dict[str, torch.Tensor], wanted: dict[str, Any]) -> str | None:
+    """What keeps `weights` from being the state `wanted` (names, shapes and dtypes), or None where they are."""
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} is not in the model"
+        have, want = weights[name], wanted[name]
+        if not isinstance(want, torch.Tensor):
+            return f"{name} is a {type(want).__name__} in the model, not a tensor"
+        if have.shape != want.shape or have.dtype != want.dtype:
+            return f"{name} is {tuple(have.shape)} {have.dtype}, the model's is {tuple(want.shape)} {want.dtype}".replace("torch.", "")
+    return None
+
+
 def find_nan(tree: dict[str, Any], *tensors: dict[str, torch.Tensor]) -> str | None:
     """The name of the first value of a packed state that is or holds a NaN, or None."""
     for name, tensor in (item for group in tensors for item in group.items()):

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from onetorch.runs import checkpoint, state
+from onetorch.runs import checkpoint, sealed, state
 from onetorch.runs.errors import CheckpointError, RunError
 
 MODEL = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16)}
@@ -44,7 +44,7 @@ def test_the_manifest_holds_sizes_and_hashes_of_the_files(tmp_path: Path) -> Non
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    made = {str(dtype): torch.arange(5).to(dtype) for dtype in checkpoint.DTYPES}
+    made = {str(dtype): torch.arange(5).to(dtype) for dtype in sealed.DTYPES}
     whole = torch.arange(24.0).reshape(4, 6)
     made |= {"scalar": torch.tensor(2.0), "empty": torch.zeros(3, 0), "transposed": whole.t(), "slice": whole[1:3, ::2], "again": whole}
     made |= {"expanded": torch.ones(1).expand(4), "conjugate": torch.tensor([1 + 2j]).conj(), "parameter": nn.Parameter(torch.ones(2))}
@@ -55,22 +55,22 @@ def every_dtype() -> dict[str, torch.Tensor]:
 def test_any_reader_of_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     tensors = every_dtype()
     path = tmp_path / "x.safetensors"
-    checkpoint._write(path, checkpoint._safetensors(tensors))
+    sealed.write(path, sealed.dump(tensors))
     found = safetensors.torch.load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name].float(), tensor.detach().float()) if not tensor.is_complex() else torch.equal(found[name], tensor), name
-    entry = checkpoint._entry(checkpoint._safetensors(tensors))
+    entry = checkpoint._entry(sealed.dump(tensors))
     assert entry == {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def test_the_header_is_as_the_format_says(tmp_path: Path) -> None:
-    content = b"".join(bytes(piece) for piece in checkpoint._safetensors({"a": torch.tensor([1, 2], dtype=torch.uint8), "b": torch.tensor([1.0])}))
+    content = b"".join(bytes(piece) for piece in sealed.dump({"a": torch.tensor([1, 2], dtype=torch.uint8), "b": torch.tensor([1.0])}))
     size = int.from_bytes(content[:8], "little")
     header = {"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "U8", "shape": [2], "data_offsets": [4, 6]}}
     assert size % 8 == 0
-    assert json.loads(content[8 : 8 + size]) == header
+    assert json.loads(content[8 : 8 + size]) == {"__metadata__": {"format": "pt"}} | header
     assert content[8 + size :] == b"\x00\x00\x80\x3f\x01\x02"
 
 
@@ -82,7 +82,7 @@ def test_a_tensor_that_cannot_be_saved_is_named_and_leaves_nothing(tmp_path: Pat
 
 
 def test_a_large_state_is_saved_as_a_small_one(tmp_path: Path) -> None:
-    big = {"big": torch.arange(checkpoint.BESIDE_BYTES // 4 + 7, dtype=torch.int32)}
+    big = {"big": torch.arange(1_500_007, dtype=torch.int32)}
     found = checkpoint.load(checkpoint.save(tmp_path, 1, big, big, {"step": 1}))
     assert torch.equal(found.model["big"], big["big"])
     assert torch.equal(found.state["big"], big["big"])
@@ -193,7 +193,7 @@ def forge(where: Path, name: str, content: bytes) -> None:
         (lambda w: rewrite(w, files={"model.safetensors": 1, "state.safetensors": 1, "state.json": 1}), "needs bytes and sha256"),
         (lambda w: (w / "model.safetensors").rename(w / "x") and (w / "model.safetensors").symlink_to("x"), "is a symbolic link"),
         (lambda w: (w / "model.safetensors").unlink() or (w / "model.safetensors").mkdir(), "model.safetensors"),
-        (lambda w: (w / "model.safetensors").unlink() or os.mkfifo(w / "model.safetensors"), "0 bytes where"),
+        (lambda w: (w / "model.safetensors").unlink() or os.mkfifo(w / "model.safetensors"), "no regular file"),
         (lambda w: forge(w, "model.safetensors", b"\x80\x04K\x01."), "cannot be read although its hashes agree"),
         (lambda w: forge(w, "state.json", b"{"), "cannot be read although its hashes agree"),
         (lambda w: forge(w, "state.json", b"[" * 100_000), "cannot be read although its hashes agree"),
@@ -227,7 +227,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", full)
+        patch.setattr(sealed, "write", full)
         with pytest.raises(RunError, match=r"no checkpoint at step 2: .*the disk is full: free some space; earlier ones stand"):
             save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001"]

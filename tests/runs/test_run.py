@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from onetorch import cli
-from onetorch.runs import algorithm, checkpoint, folder
+from onetorch.runs import algorithm, checkpoint, folder, provenance, sealed
 from onetorch.runs import run as runs
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.run import Run
@@ -384,7 +384,7 @@ class Disk:
         self.left, self.error = allowed, error
         for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "truncate")):
             patch.setattr(owner, name, self.guarded(getattr(owner, name)))
-        patch.setattr(checkpoint, "_write", self.half(checkpoint._write))
+        patch.setattr(sealed, "write", self.half(sealed.write))
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -438,7 +438,8 @@ def test_a_disk_that_refuses_at_any_moment_loses_nothing(tmp_path: Path, every: 
     assert refused * stride > 40
 
 
-def test_a_file_size_limit_is_named(tmp_path: Path, every: None) -> None:
+def test_a_file_size_limit_is_named(tmp_path: Path, every: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "git", lambda source: (None, ""))  # the diff of a tree being worked on is of any size
     config = idea.Config(steps=3, hidden=(400,))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
@@ -451,7 +452,8 @@ def test_a_file_size_limit_is_named(tmp_path: Path, every: None) -> None:
     train(tmp_path / "r", resume=True, config=config)
 
 
-def test_a_real_full_disk(tmp_path: Path, every: None) -> None:
+def test_a_real_full_disk(tmp_path: Path, every: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "git", lambda source: (None, ""))
     disk = tmp_path / "disk"
     disk.mkdir()
     if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -561,13 +563,14 @@ def start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def begun(where: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until rows are written."""
-    end = time.monotonic() + 120
-    while not (where / "metrics.jsonl").exists() or (where / "metrics.jsonl").stat().st_size == 0:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def looping(where: Path) -> bool:
+    """Whether the run has come to its loop, from which on its record knows how far there is to go."""
+    return (where / "config.json").exists() and folder.read_json(where / "run.json")["progress"]["total"] is not None
+
+
+def saved(where: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return bool(checkpoint.steps(where / "checkpoints"))
 
 
 def test_signals_kills_and_continuation_in_fresh_processes(tmp_path: Path) -> None:
@@ -577,16 +580,23 @@ def test_signals_kills_and_continuation_in_fresh_processes(tmp_path: Path) -> No
     processes = {name: start("train", str(IDEA), *steady, "--checkpoint_seconds", "0.2", "--dir", str(tmp_path / name)) for name in names[:-1]}
     processes["early"] = start("train", str(IDEA), *steady, "--checkpoint_seconds", "9999", "--dir", str(tmp_path / "early"))
     slow = start("train", str(IDEA), "--steps", "3", "--pause", "60", "--dir", str(tmp_path / "slow"))
-    for name in names:
-        begun(tmp_path / name, processes[name])
-    second = start("resume", str(tmp_path / "whole"))
-    time.sleep(0.6)
-    for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL), ("early", signal.SIGKILL)):
-        processes[name].send_signal(number)
+    # Each is told to end as soon as it has come so far, not after some time: a busy machine starts them seconds apart.
+    waiting = {"early": (looping, signal.SIGKILL), "kill": (saved, signal.SIGKILL), "term": (saved, signal.SIGTERM)}
+    second, end = None, time.monotonic() + 120
+    while waiting or second is None:
+        assert time.monotonic() < end
+        for name, (ready, number) in list(waiting.items()):
+            assert processes[name].poll() is None, processes[name].communicate()
+            if ready(tmp_path / name):
+                processes[name].send_signal(number)
+                del waiting[name]
+        if second is None and looping(tmp_path / "whole"):
+            second = start("resume", str(tmp_path / "whole"))
+        time.sleep(0.01)
     out = {name: (*processes[name].communicate(timeout=60), processes[name].returncode) for name in names}
-    while not (tmp_path / "slow" / "run.lock").exists():
+    while not looping(tmp_path / "slow"):
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(0.3)
     slow.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     begin = time.monotonic()

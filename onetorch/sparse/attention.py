@@ -1,0 +1,227 @@
+"""Attention over the kept blocks of a layout, forward and backward, without the S x S matrix.
+
+    layout = patterns.local(4096, 64, window=256)
+    out = attention(q, k, v, layout, causal=True)              # (B, H, S, D)
+
+On the CPU one fused C++ kernel each way; elsewhere, and without a compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps
+the output and the log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from onetorch.sparse import cpu
+from onetorch.sparse.layout import Layout
+from onetorch.sparse.products import DTYPES, _accumulator, _cast, _check_layout, _dds, _grid, _inside, _kept_blocks, _native, _sdd
+
+# The operators. q (B, H, S, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv); `heads` is that of the layout, 1 or H. -----------------------------------------
+
+
+def _scores(
+    q: Tensor, k: Tensor, index: Tensor, block: tuple[int, int], heads: int, scale: float, causal: bool, position, group, padding, mask
+) -> tuple[Tensor, Tensor]:
+    """The scores at the kept blocks, -inf where they are not allowed, (G, kept, br, bc), and the row each block row of them belongs to, (kept,)."""
+    H, S, Sk = q.shape[1], q.shape[2], k.shape[2]
+    grid = _grid(S, Sk, block)
+    rows, columns = _kept_blocks(index, heads, grid)
+    query = ((rows % grid[0] * block[0])[:, None] + torch.arange(block[0], device=q.device)).clamp_max(S - 1)  # (kept, br)
+    key = ((columns % grid[1] * block[1])[:, None] + torch.arange(block[1], device=q.device)).clamp_max(Sk - 1)  # (kept, bc)
+    allowed = torch.ones(query.shape[0], *block, dtype=torch.bool, device=q.device)
+    inside = _inside(index, heads, grid, block, S, Sk)
+    if inside is not None:
+        allowed = allowed & inside
+    if causal:
+        place = torch.arange(max(S, Sk), device=q.device) if position is None else position
+        allowed = allowed & (place[query][:, :, None] >= place[key][:, None, :])
+    if group is not None:
+        allowed = allowed & (group[query][:, :, None] == group[key][:, None, :])
+    if mask is not None:
+        allowed = allowed & mask
+    if padding is not None:
+        allowed = allowed & padding[:, key][:, :, None, :]  # (B, kept, br, bc)
+        if heads == 1:
+            allowed = allowed.repeat_interleave(H, 0)
+    scores = scale * _sdd(_by_layout(q, heads), _by_layout(k, heads).mT, index, *block, False)
+    return scores.masked_fill(~allowed, -torch.inf), rows.long()
+
+
+def _by_layout(x: Tensor, heads: int) -> Tensor:
+    """(B, H, S, D) -> (B H, 1, S, D) for a layout that all heads share."""
+    return x.flatten(0, 1).unsqueeze(1) if heads == 1 else x
+
+
+def _repeat(x: Tensor, H: int) -> Tensor:
+    return x.repeat_interleave(H // x.shape[1], 1) if x.shape[1] != H else x
+
+
+@torch.library.custom_op("onetorch_sparse::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, br: int, bc: int, heads: int, scale: float, causal: bool,
+               position: Tensor | None, group: Tensor | None, padding: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, H, S, _D = q.shape
+    block, grid = (br, bc), _grid(S, k.shape[2], (br, bc))
+    if _native(q):
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        return cpu.attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask)
+    kind = _accumulator(q.dtype)
+    values = _by_layout(_repeat(v, H).to(kind), heads)
+    scores, rows = _scores(q.to(kind), _repeat(k, H).to(kind), index, block, heads, scale, causal, position, group, padding, mask)
+    G = scores.shape[0]
+    place = rows[None, :, None].expand(G, -1, br)
+    lines = scores.new_full((G, heads * grid[0], br), -torch.inf)
+    top = lines.scatter_reduce(1, place, scores.amax(3), "amax").nan_to_num(neginf=0.0) if rows.numel() else torch.zeros_like(lines)
+    exps = (scores - top[:, rows, :, None]).exp()
+    total = torch.zeros_like(lines).scatter_add(1, place, exps.sum(3))
+    lse = top + total.log()
+    p = exps / total[:, rows, :, None].clamp_min(torch.finfo(kind).tiny)
+    out = _dds(values.mT, p, index, None, S, k.shape[2], True).mT.reshape(B, H, S, v.shape[3])
+    return out.to(q.dtype).contiguous(), lse.reshape(B, H, grid[0] * br)[:, :, :S].contiguous()
+
+
+@torch.library.custom_op("onetorch_sparse::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: Tensor, br: int, bc: int, heads: int,
+    scale: float, causal: bool, position: Tensor | None, group: Tensor | None, padding: Tensor | None, mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, S, _D = q.shape
+    Hk, Sk = k.shape[1:3]
+    block, grid = (br, bc), _grid(S, Sk, (br, bc))
+    if _native(q):
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        return cpu.attention_backward(q, k, v, out, lse, grad.contiguous(), grad_lse, index, grid, block, heads, scale, causal, position, group, padding, mask)
+    kind = _accumulator(q.dtype)
+    keys, values = _repeat(k, H).to(kind), _repeat(v, H).to(kind)
+    scores, rows = _scores(q.to(kind), keys, index, block, heads, scale, causal, position, group, padding, mask)
+
+    def lines(x: Tensor) -> Tensor:  # (B, H, S) -> (G, kept, br, 1)
+        x = torch.nn.functional.pad(x, (0, grid[0] * br - S)).reshape(B * H // heads, heads * grid[0], br)
+        return x[:, rows, :, None]
+
+    p = (scores - lines(lse.masked_fill(lse == -torch.inf, torch.inf))).exp()
+    delta = (grad.to(kind) * out.to(kind)).sum(3)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    dp = _sdd(_by_layout(grad.to(kind), heads), _by_layout(values, heads).mT, index, *block, False)
+    ds = scale * (p * (dp - lines(delta))).masked_fill(p == 0, 0.0)
+    dq = _dds(_by_layout(keys, heads).mT, ds, index, None, S, Sk, True).mT.reshape(q.shape)
+    dk = _dds(_by_layout(q.to(kind), heads).mT, ds, index, None, S, Sk, False).mT
+    dv = _dds(_by_layout(grad.to(kind), heads).mT, p, index, None, S, Sk, False).mT
+    dk, dv = (t.reshape(B, Hk, H // Hk, Sk, t.shape[-1]).sum(2) for t in (dk, dv))
+    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
+
+
+@_attention.register_fake
+def _(q, k, v, index, br, bc, heads, scale, causal, position, group, padding, mask):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype))
+
+
+@_attention_backward.register_fake
+def _(grad, grad_lse, q, k, v, out, lse, *rest):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, index, *ctx.numbers, position, group, padding, mask = inputs
+    ctx.save_for_backward(q, k, v, *output, index, position, group, padding, mask)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad: Tensor | None, grad_lse: Tensor | None):
+    q, k, v, out, lse, index, *restrictions = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    gradients = _attention_backward(grad, grad_lse, q, k, v, out, lse, index, *ctx.numbers, *restrictions)
+    return *gradients, *[None] * 10
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+# The public function. --------------------------------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    order: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T over the kept blocks) v.
+
+    q             (B, H, S, D)
+    k, v          (B, Hk, Sk, D) and (B, Hk, Sk, Dv); H is a multiple of Hk, and query head h reads key head h // (H / Hk) (grouped-query attention)
+    layout        (S, Sk), one for all heads or one per query head; queries are rows
+    causal        a query sees the keys whose place is not after its own, also within a block
+    scale         left out: 1 / sqrt(D)
+    key_padding   (B, Sk) bool, true where the key exists
+    mask          (kept, br, bc) bool, true where allowed: `layout.from_dense(allowed)` of a (S, Sk) mask
+    groups        (S,) int: tokens of different groups do not see each other (packed documents, strided groups)
+    order         (S,) int64: attend in this order of the tokens, a permutation; q, k and v come and the output leaves in the natural order, and `causal`,
+                  `key_padding` and `groups` mean natural places; the layout and `mask` are in the new order. See `patterns.strided_order`.
+    return_lse    also return the log-sum-exp of the scores, (B, H, S), float32 at least; differentiable
+
+    A query that may see nothing gets zeros, and -inf for its log-sum-exp. Keys and values of blocks that are not kept, or that `key_padding` excludes, are
+    never read; a NaN that `causal`, `groups` or `mask` excludes inside a kept block does reach the output. Differentiable once.
+    ValueError names the argument that does not fit.
+    """
+    _check_layout(layout)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            raise ValueError(
+                f"{name}: expected (batch, heads, tokens, depth), got {tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {tensor.dtype}")
+        if tensor.device != layout.device:
+            raise ValueError(f"{name}: expected it on {layout.device}, where the layout is, got {tensor.device}; layout.to(device) moves the layout")
+    q, k, v = _cast(q, k, v)
+    B, H, S, D = q.shape
+    Hk, Sk = k.shape[1:3]
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"k, v: expected {q.dtype} as q has, got {k.dtype} and {v.dtype}")
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k: expected ({B}, heads, tokens, {D}) to fit q, got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected {tuple(k.shape[:3])} as k begins, got {tuple(v.shape)}")
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"k: expected a number of heads that divides the {H} of q, got {Hk}")
+    if layout.shape != (S, Sk):
+        raise ValueError(f"layout: expected ({S}, {Sk}), queries by keys, got {layout!r}")
+    if layout.heads not in (None, H):
+        raise ValueError(f"layout: expected one for all heads or {H}, got {layout!r}")
+    if key_padding is not None and (key_padding.shape != (B, Sk) or key_padding.dtype != torch.bool or key_padding.device != q.device):
+        raise ValueError(f"key_padding: expected ({B}, {Sk}) bool on {q.device}, got {tuple(key_padding.shape)} {key_padding.dtype} on {key_padding.device}")
+    if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool or mask.device != q.device):
+        raise ValueError(f"mask: expected {layout.values_shape} bool on {q.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
+    for name, tokens in (("groups", groups), ("order", order)):
+        if tokens is not None and (Sk != S or list(tokens.shape) != [S] or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
+            raise ValueError(
+                f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
+            )
+    if key_padding is not None:  # what stands where no key exists must not matter, not even a NaN
+        k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
+    position = None
+    if order is not None:
+        if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, torch.arange(S, dtype=order.dtype, device=order.device)):
+            raise ValueError(f"order: expected a permutation of 0..{S - 1}")
+        q, k, v = (t.index_select(2, order) for t in (q, k, v))
+        key_padding = None if key_padding is None else key_padding.index_select(1, order)
+        groups = None if groups is None else groups.index_select(0, order)
+        position = order.to(torch.int32)
+    groups = None if groups is None else groups.to(torch.int32)
+    restrictions = (position, groups, None if key_padding is None else key_padding.contiguous(), None if mask is None else mask.contiguous())
+    out, lse = _attention(q, k, v, layout.index, *layout.block, layout.heads or 1, 1 / math.sqrt(D) if scale is None else float(scale), causal, *restrictions)
+    if order is not None:
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(S, device=order.device))
+        out, lse = out.index_select(2, back), lse.index_select(2, back)
+    return (out, lse) if return_lse else out

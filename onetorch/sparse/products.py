@@ -1,0 +1,319 @@
+"""Products of a block-sparse and a dense matrix, named as in the literature by the kind of result and operands: d dense, s sparse.
+
+    dsd(values, dense, layout)    (R, C) sparse @ (..., C, N)     -> (..., R, N)
+    dds(dense, values, layout)    (..., M, R) @ (R, C) sparse     -> (..., M, C)
+    sdd(a, b, layout)             (..., R, K) @ (..., K, C), only at the kept blocks -> values (..., kept, br, bc)
+
+float64, float32, bfloat16 and float16; sums are carried in float32 at least. What stands in unused blocks of a dense operand is never read, so a NaN
+there has no effect; nor is what stands in a block's values beyond the edge of the matrix. On the CPU results are bit-identical from call to call.
+There the kernels are C++ where a compiler is found (`cpu.py`); elsewhere, and on other devices, they are PyTorch's batched products of gathered blocks.
+Each is differentiable any number of times: the derivatives are these same products.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from onetorch.sparse import costs, cpu
+from onetorch.sparse.layout import Layout
+
+DTYPES = tuple(cpu.DTYPES)
+
+
+# The operators. Canonical shapes: dense (G, H, M, K), values (1 or G, kept, br, bc), where G counts the batch and H the heads of the layout. --------
+
+
+def _native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and cpu.library() is not None
+
+
+def _grid(rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def _kept_blocks(index: Tensor, H: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the kept blocks, counted through all heads."""
+    kept = (index.shape[0] - H * sum(grid) - 2) // 4
+    return index[-kept:] if kept else index[:0], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks_of(x: Tensor, count: int, block: int, dim: int) -> Tensor:
+    """Cut dimension 2 or 3 of (G, H, M, K) into `count` blocks: (G, H * count, block, K) or (G, H * count, M, block), zeros beyond the edge."""
+    missing = count * block - x.shape[dim]
+    x = torch.nn.functional.pad(x, (0, missing) if dim == 3 else (0, 0, 0, missing))
+    x = x.unflatten(dim, (count, block))
+    return (x.movedim(3, 2) if dim == 3 else x).flatten(1, 2)
+
+
+def _inside(index: Tensor, H: int, grid: tuple[int, int], block: tuple[int, int], rows: int, columns: int) -> Tensor | None:
+    """(kept, br, bc) bool: the elements of each kept block that exist; None where all do."""
+    if rows % block[0] == 0 and columns % block[1] == 0:
+        return None
+    r, c = _kept_blocks(index, H, grid)
+    row = (r % grid[0] * block[0])[:, None] + torch.arange(block[0], device=r.device)
+    column = (c % grid[1] * block[1])[:, None] + torch.arange(block[1], device=c.device)
+    return (row < rows)[:, :, None] & (column < columns)[:, None, :]
+
+
+def _dds_pytorch(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
+    G, H, M, _K = x.shape
+    block = (values.shape[2], values.shape[3])
+    grid = _grid(rows, columns, block)
+    at, to = _kept_blocks(index, H, grid)
+    blocks = values.to(_accumulator(x.dtype))
+    if (inside := _inside(index, H, grid, block, rows, columns)) is not None:
+        blocks = blocks.masked_fill(~inside, 0.0)
+    if transpose:
+        at, to, grid, block, blocks, columns = to, at, grid[::-1], block[::-1], blocks.mT, rows
+    taken = _blocks_of(x.to(blocks.dtype), grid[0], block[0], 3)[:, at]  # (G, kept, M, block)
+    sums = blocks.new_zeros(G, H * grid[1], M, block[1])
+    if x.device.type == "cpu":  # each device's accumulation that keeps one order
+        sums.index_add_(1, to, taken @ blocks)
+    else:
+        sums.index_put_((torch.arange(G, device=x.device)[:, None], to[None]), taken @ blocks, accumulate=True)
+    y = sums.unflatten(1, (H, grid[1])).transpose(2, 3).reshape(G, H, M, grid[1] * block[1])[..., :columns]
+    return (y if bias is None else y + bias).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("onetorch_sparse::dds", mutates_args=())
+def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
+    """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's
+    last size, is added.
+    """
+    grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
+    if _native(x):
+        if costs.dense_is_faster(x, values, index, rows, columns):
+            y = costs.dense_dds(x, values, index, bias, grid, transpose)
+            if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
+                return y
+        return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
+    with torch.autocast(x.device.type, enabled=False):
+        return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
+
+
+@torch.library.custom_op("onetorch_sparse::sdd", mutates_args=())
+def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
+    """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or the sum over G as (1, kept, br, bc)."""
+    _G, H, M, _K = a.shape
+    block = (block_rows, block_columns)
+    grid = _grid(M, b.shape[3], block)
+    if _native(a):
+        return cpu.sdd(a, b, index, grid, block, reduce)
+    rows, columns = _kept_blocks(index, H, grid)
+    kind = _accumulator(a.dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        values = _blocks_of(a.to(kind), grid[0], block[0], 2)[:, rows] @ _blocks_of(b.to(kind), grid[1], block[1], 3)[:, columns]
+    if (inside := _inside(index, H, grid, block, M, b.shape[3])) is not None:
+        values = values.masked_fill(~inside, 0.0)  # an infinity times the padding would be NaN
+    return (values.sum(0, keepdim=True) if reduce else values).to(a.dtype)
+
+
+@_dds.register_fake
+def _(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
+    return x.new_empty(*x.shape[:3], rows if transpose else columns)
+
+
+@_sdd.register_fake
+def _(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
+    G, H, M, _K = a.shape
+    grid = _grid(M, b.shape[3], (block_rows, block_columns))
+    return a.new_empty(1 if reduce else G, (index.shape[0] - H * sum(grid) - 2) // 4, block_rows, block_columns)
+
+
+def _dds_setup(ctx, inputs, output) -> None:
+    x, values, index, bias, ctx.rows, ctx.columns, ctx.transpose = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x if values.requires_grad else None, values if x.requires_grad else None, index)
+    ctx.block, ctx.shared = values.shape[2:], values.shape[0] == 1
+
+
+def _dds_backward(ctx, grad: Tensor):
+    x, values, index = ctx.saved_tensors
+    dx = dvalues = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = _dds(grad, values, index, None, ctx.rows, ctx.columns, not ctx.transpose)
+    if ctx.needs_input_grad[1]:
+        a, b = (grad.mT, x) if ctx.transpose else (x.mT, grad)
+        dvalues = _sdd(a, b, index, *ctx.block, ctx.shared)
+    if ctx.needs_input_grad[3]:
+        dbias = grad.sum((0, 1, 2))
+    return dx, dvalues, None, dbias, None, None, None
+
+
+def _sdd_setup(ctx, inputs, output) -> None:
+    a, b, index, _, _, ctx.reduce = inputs
+    ctx.save_for_backward(a if b.requires_grad else None, b if a.requires_grad else None, index)
+    ctx.rows, ctx.columns = a.shape[2], b.shape[3]
+
+
+def _sdd_backward(ctx, grad: Tensor):
+    a, b, index = ctx.saved_tensors
+    da = db = None
+    if ctx.needs_input_grad[0]:  # dA = G B^T, so dA^T = B G^T
+        da = _dds(b, grad, index, None, ctx.rows, ctx.columns, True).mT
+    if ctx.needs_input_grad[1]:  # dB = A^T G
+        db = _dds(a.mT, grad, index, None, ctx.rows, ctx.columns, False)
+    return da, db, None, None, None, None
+
+
+_dds.register_autograd(_dds_backward, setup_context=_dds_setup)
+_sdd.register_autograd(_sdd_backward, setup_context=_sdd_setup)
+
+
+
+# Under torch.func.vmap the new dimension joins G.
+
+
+def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The vmapped dimension first; where there is none, expanded."""
+    return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+
+
+@_dds.register_vmap
+def _(info, dims, x, values, index, bias, rows, columns, transpose):
+    size = info.batch_size
+    if dims[2] is not None:
+        raise ValueError("layout: expected the same layout for every element of vmap")
+    x = _front(x, dims[0], size)  # (size, G, H, M, K)
+    G = x.shape[1]
+    if dims[1] is not None or values.shape[0] > 1:
+        values = _front(values, dims[1], size)
+        values = values.expand(size, G, *values.shape[2:]).flatten(0, 1)
+    y = _dds(x.flatten(0, 1), values, index, bias if dims[3] is None else None, rows, columns, transpose).unflatten(0, (size, G))
+    if dims[3] is not None:
+        y = y + bias.movedim(dims[3], 0)[:, None, None, None, :]
+    return y, 0
+
+
+@_sdd.register_vmap
+def _(info, dims, a, b, index, block_rows, block_columns, reduce):
+    if dims[2] is not None:
+        raise ValueError("layout: expected the same layout for every element of vmap")
+    a, b = _front(a, dims[0], info.batch_size), _front(b, dims[1], info.batch_size)
+    values = _sdd(a.flatten(0, 1), b.flatten(0, 1), index, block_rows, block_columns, False).unflatten(0, a.shape[:2])
+    return values.sum(1, keepdim=True) if reduce else values, 0
+
+
+# The public functions: what may come in, and its canonical shape. -----------------------------------------------------------------------------------
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the dtype it asks for; float64 is left as it is, as torch's own products do."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_tensor(name: str, tensor: Tensor, layout: Layout, least: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {tensor.dtype}")
+    if tensor.device != layout.device:
+        raise ValueError(f"{name}: expected it on {layout.device}, where the layout is, got {tensor.device}; layout.to(device) moves the layout")
+    if tensor.ndim < least:
+        raise ValueError(f"{name}: expected at least {least} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def _check_values(values: Tensor, layout: Layout) -> None:
+    _check_tensor("values", values, layout, 3)
+    if tuple(values.shape[-3:]) != layout.values_shape:
+        raise ValueError(f"values: expected (..., {', '.join(map(str, layout.values_shape))}) for {layout!r}, got {tuple(values.shape)}")
+
+
+def _check_layout(layout: Layout) -> None:
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
+
+
+def _check_dense(name: str, dense: Tensor, layout: Layout, size: int, dim: int) -> None:
+    """`size` is what dimension `dim` (-1 or -2) must be; a layout with heads wants its heads before the matrix."""
+    _check_tensor(name, dense, layout, 2 if layout.heads is None else 3)
+    if dense.shape[dim] != size:
+        raise ValueError(f"{name}: expected size {size} in dimension {dim} for {layout!r}, got {tuple(dense.shape)}")
+    if layout.heads is not None and dense.shape[-3] != layout.heads:
+        raise ValueError(f"{name}: expected {layout.heads} heads in dimension -3 for {layout!r}, got {tuple(dense.shape)}")
+
+
+def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, got {tensor.dtype}")
+
+
+def _canonical(x: Tensor, layout: Layout) -> Tensor:
+    """(..., [heads,] M, K) -> (G, H, M, K)."""
+    lead = x.shape[: x.ndim - (2 if layout.heads is None else 3)]
+    return x.reshape(prod(lead), layout.heads or 1, *x.shape[-2:])
+
+
+def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool = False, transpose_sparse: bool = False, bias: Tensor | None = None) -> Tensor:
+    """dense (..., [heads,] M, R) @ sparse (R, C) -> (..., [heads,] M, C), plus `bias` (C,).
+
+    values (kept, br, bc) for all of the batch, or (..., kept, br, bc) with the leading dimensions of `dense`, one set each. `transpose_dense` takes dense
+    as (..., R, M);
+    `transpose_sparse` multiplies by the transposed matrix, dense (..., M, C) -> (..., M, R). ValueError names the argument that does not fit.
+    """
+    _check_layout(layout)
+    _check_values(values, layout)
+    inner, outer = layout.shape[::-1] if transpose_sparse else layout.shape
+    _check_dense("dense", dense, layout, inner, -2 if transpose_dense else -1)
+    if bias is not None:
+        _check_tensor("bias", bias, layout, 1)
+        if tuple(bias.shape) != (outer,):
+            raise ValueError(f"bias: expected ({outer},), got {tuple(bias.shape)}")
+        dense, values, bias = _cast(dense, values, bias)
+        _check_same("bias", bias, "dense", dense)
+    else:
+        dense, values = _cast(dense, values)
+    _check_same("values", values, "dense", dense)
+    x = dense.mT if transpose_dense else dense
+    lead = x.shape[: x.ndim - (2 if layout.heads is None else 3)]
+    if values.ndim == 3:
+        blocks = values.unsqueeze(0)
+        # one matrix of all tokens where that is only another view of the same memory
+        flat = layout.heads is None and x.is_contiguous()
+        canonical = x.reshape(1, 1, prod(x.shape[:-1]), x.shape[-1]) if flat else _canonical(x, layout)
+    else:
+        if values.shape[:-3] != lead:
+            raise ValueError(f"values: expected no leading dimensions or {tuple(lead)} as dense has, got {tuple(values.shape)}")
+        blocks, canonical = values.reshape(prod(lead), *layout.values_shape), _canonical(x, layout)
+    y = _dds(canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
+    return y.reshape(*x.shape[:-1], outer)
+
+
+def dsd(values: Tensor, dense: Tensor, layout: Layout, *, transpose_sparse: bool = False, transpose_dense: bool = False) -> Tensor:
+    """sparse (R, C) @ dense (..., [heads,] C, N) -> (..., [heads,] R, N), as a transposed view of contiguous memory.
+
+    values as in `dds`. `transpose_sparse`: (C, R) @ (..., R, N); `transpose_dense` takes dense as (..., N, C).
+    """
+    _check_layout(layout)
+    _check_values(values, layout)
+    _check_dense("dense", dense, layout, layout.shape[0 if transpose_sparse else 1], -1 if transpose_dense else -2)
+    return dds(dense, values, layout, transpose_dense=not transpose_dense, transpose_sparse=not transpose_sparse).mT
+
+
+def sdd(a: Tensor, b: Tensor, layout: Layout, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """a (..., [heads,] R, K) @ b (..., [heads,] K, C) at the kept blocks only -> values (..., kept, br, bc), exact zeros beyond the edge.
+
+    The leading dimensions of `a` and `b` are equal. `transpose_a` takes a as (..., K, R), `transpose_b` takes b as (..., C, K).
+    """
+    _check_layout(layout)
+    a_inner, b_inner = (-2 if transpose_a else -1), (-1 if transpose_b else -2)
+    _check_dense("a", a, layout, layout.shape[0], -3 - a_inner)
+    _check_dense("b", b, layout, layout.shape[1], -3 - b_inner)
+    if a.shape[a_inner] != b.shape[b_inner]:
+        raise ValueError(f"b: expected size {a.shape[a_inner]} in dimension {b_inner} as a has in {a_inner}, got {tuple(b.shape)}")
+    if a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(f"b: expected leading dimensions {tuple(a.shape[:-2])} as a has, got {tuple(b.shape)}")
+    a, b = _cast(a, b)
+    _check_same("b", b, "a", a)
+    lead = a.shape[: a.ndim - (2 if layout.heads is None else 3)]
+    values = _sdd(_canonical(a.mT if transpose_a else a, layout), _canonical(b.mT if transpose_b else b, layout), layout.index, *layout.block, False)
+    return values.reshape(*lead, *layout.values_shape)

@@ -1,0 +1,62 @@
+"""Building the kernels: without a compiler, with one that fails, and once for all processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onetorch.sparse import Layout, cpu, dds, sdd
+
+PRODUCT = """
+import torch
+from onetorch.sparse import Layout, dds
+layout = Layout.from_mask(torch.tensor([[True, False], [True, True]]), 8)
+x, values = torch.ones(3, 16), torch.ones(3, 8, 8)
+print(dds(x, values, layout)[0, [0, 8]].tolist())
+"""
+
+
+def run(tmp_path, path):
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": str(path), "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    return subprocess.run([sys.executable, "-c", PRODUCT], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_without_a_compiler(tmp_path):
+    result = run(tmp_path, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[16.0, 8.0]\n"
+    assert result.stderr == "onetorch.sparse: no C++ compiler found (g++, clang++): the products take their PyTorch path, several times slower\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for the compiler")
+def test_with_a_compiler_that_fails(tmp_path):
+    fake = tmp_path / "g++"
+    fake.write_text('#!/bin/sh\n[ "$1" = --version ] && { echo fake 1.0; exit 0; }\necho "fatal error: no such instruction" >&2\nexit 1\n')
+    fake.chmod(0o755)
+    result = run(tmp_path, f"{tmp_path}:/bin:/usr/bin")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[16.0, 8.0]\n"
+    assert "the products take their PyTorch path: fatal error: no such instruction" in result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_library_is_loaded_once_and_kept(monkeypatch):
+    if cpu.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    assert cpu.library() is cpu.library()
+    monkeypatch.setattr(cpu, "_build", lambda *_: pytest.fail("built a second time"))
+    assert cpu.library.__wrapped__() is not None
+
+
+def test_strides_beyond_two_to_the_31():
+    """Offsets are 64-bit. The memory is reserved and, but for the pages of two rows, never touched."""
+    far = 2**31 + 8
+    x = torch.empty(far + 16, dtype=torch.float32).as_strided((2, 16), (far, 1))
+    x.copy_(torch.randn(2, 16))
+    layout = Layout.from_mask(torch.tensor([[True, False], [True, True]]), 8)
+    values = torch.randn(3, 8, 8)
+    assert torch.equal(dds(x, values, layout), dds(x.clone(), values, layout))
+    assert torch.equal(sdd(x, x, layout, transpose_a=True), sdd(x.clone(), x.clone(), layout, transpose_a=True))

@@ -1,0 +1,137 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from onetorch.sparse import Layout, Linear, from_bsr, patterns, to_bsr
+
+
+def layer(bias=True, shape=(100, 72), block=(16, 8), seed=0, dtype=None):
+    torch.manual_seed(seed)
+    mask = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1])) < 0.5
+    return Linear(shape[1], shape[0], Layout.from_mask(mask, block, shape), bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_a_linear_layer_with_zeros(path, bias):
+    sparse = layer(bias)
+    dense = sparse.to_linear()
+    assert torch.equal(dense.weight == 0, ~sparse.layout.element_mask())
+    assert torch.equal(sparse.to_dense(), dense.weight)
+    x = torch.randn(3, 5, 72)
+    assert torch.allclose(sparse(x), dense(x), atol=1e-5)
+    assert torch.allclose(sparse(x[0, 0]), dense(x[0, 0]), atol=1e-5)
+    sparse(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    assert torch.allclose(sparse.layout.to_dense(sparse.weight.grad), dense.weight.grad * sparse.layout.element_mask(), rtol=1e-4, atol=1e-4)
+    if bias:
+        assert torch.allclose(sparse.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_from_linear_and_back():
+    dense = nn.Linear(72, 100)
+    full = Linear.from_linear(dense, patterns.dense((100, 72), 8))
+    again = full.to_linear()
+    assert torch.equal(again.weight, dense.weight)
+    assert torch.equal(again.bias, dense.bias)
+
+
+def test_it_learns(path):
+    """A least-squares problem whose solution has the layout's zeros."""
+    sparse = layer(False, (32, 48), (8, 8))
+    truth = torch.randn(32, 48) * sparse.layout.element_mask()
+    x = torch.randn(200, 48)
+    optimizer = torch.optim.Adam(sparse.parameters(), 0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (sparse(x) - x @ truth.T).square().mean().backward()
+        optimizer.step()
+    assert float((sparse.to_dense().detach() - truth).abs().max()) < 1e-2
+
+
+def test_initialisation_is_scaled_to_the_inputs_that_are_there():
+    torch.manual_seed(0)
+    mask = torch.zeros(3, 40, dtype=torch.bool)
+    mask[0], mask[1, :10] = True, True  # 1276 inputs, 320 inputs, none
+    sparse = Linear(1276, 96, Layout.from_mask(mask, 32, (96, 1276)))
+    assert sparse.fan_in().tolist() == [1276] * 32 + [320] * 32 + [0] * 32
+    weight = sparse.to_dense().detach()
+    for rows, inputs in ((slice(0, 32), 1276), (slice(32, 64), 320)):
+        part = weight[rows][weight[rows] != 0]
+        assert float(part.abs().max()) <= inputs**-0.5
+        assert float(part.std() * (3 * inputs) ** 0.5) == pytest.approx(1, abs=0.02)  # uniform on (-s, s): s / sqrt(3)
+    assert not bool(sparse.bias[64:].any())
+    assert bool(sparse.bias[:64].any())
+    assert not bool(sparse.weight[mask.nonzero()[:, 1] == 39][:, :, 28:].any())  # beyond the edge
+
+
+def test_identity():
+    layout = patterns.banded(40, 16, 1)
+    sparse = Linear(40, 40, layout).identity_()
+    x = torch.randn(3, 40)
+    assert torch.equal(sparse(x), x)
+    with pytest.raises(ValueError, match="identity needs the blocks of the diagonal"):
+        Linear(16, 16, Layout.from_mask(torch.tensor([[True, True], [True, False]]), 8)).identity_()
+
+
+@pytest.mark.parametrize("block", [16, (16, 32), (32, 16)], ids=str)
+def test_orthogonal(block):
+    torch.manual_seed(0)
+    layout = patterns.balanced_random((256, 256), block, 0.25)
+    sparse = Linear(256, 256, layout).orthogonal_(gain=2.0)
+    norms = sparse.to_dense().detach().square().sum(1)
+    assert float(norms.mean()) == pytest.approx(4.0, rel=1e-5)
+    if layout.block[0] <= layout.block[1]:
+        assert torch.allclose(norms, torch.full((256,), 4.0), rtol=1e-4)
+    basis = sparse.weight[0] if layout.block[0] <= layout.block[1] else sparse.weight[0].T
+    gram = basis @ basis.T
+    assert torch.allclose(gram / gram[0, 0], torch.eye(min(layout.block)), atol=1e-5)
+
+
+def test_state_travels_through_safetensors(tmp_path):
+    a, b = layer(seed=1), layer(seed=1)
+    with torch.no_grad():
+        b.weight.zero_()
+    save_file(a.state_dict(), tmp_path / "layer.safetensors")
+    b.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(a.to_dense(), b.to_dense())
+    with pytest.raises(ValueError, match="layout_mask: expected weights of Layout"):
+        layer(seed=2).load_state_dict(a.state_dict())
+
+
+def test_moves_and_copies():
+    sparse = layer()
+    assert layer(dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    moved = copy.deepcopy(sparse).double()
+    x = torch.randn(4, 72)
+    assert torch.allclose(moved(x.double()).float(), sparse(x), atol=1e-5)
+    assert moved.layout == sparse.layout
+    assert moved.layout_mask.dtype == torch.bool
+    assert sum(p.numel() for p in sparse.parameters()) == sparse.layout.kept * 128 + 100
+    assert "density" in repr(sparse)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+def test_bsr():
+    layout = patterns.random((64, 96), (16, 32), 0.4, torch.Generator().manual_seed(0))
+    values = torch.randn(layout.values_shape)
+    bsr = to_bsr(values, layout)
+    torch._validate_sparse_bsr_tensor_args(bsr.crow_indices(), bsr.col_indices(), bsr.values(), bsr.shape)
+    assert torch.equal(bsr.to_dense(), layout.to_dense(values))
+    again, same = from_bsr(bsr)
+    assert same == layout
+    assert torch.equal(again, values)
+    with pytest.raises(ValueError, match="BSR needs one matrix of whole blocks"):
+        to_bsr(values, Layout.from_mask(layout.mask, layout.block, (60, 96)))
+    with pytest.raises(ValueError, match="tensor: expected a sparse BSR matrix"):
+        from_bsr(torch.zeros(3, 3))
+
+
+def test_wrong_arguments():
+    layout = patterns.dense((64, 32), 8)
+    with pytest.raises(ValueError, match=r"layout: expected \(32, 64\) without heads, outputs by inputs"):
+        Linear(64, 32, layout)
+    with pytest.raises(ValueError, match="layout: expected a Layout, got Tensor"):
+        Linear(32, 64, layout.mask)

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onetorch.sparse import Layout
+
+# three block rows, four block columns:   x . x .
+#                                         . . . .
+#                                         x x . .
+MASK = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
+
+
+def test_index_by_hand():
+    layout = Layout.from_mask(MASK, 8)
+    assert (layout.kept, layout.grid, layout.shape, layout.heads, layout.values_shape) == (4, (3, 4), (24, 32), None, (4, 8, 8))
+    assert layout.density == 4 / 12
+    row_offsets, columns = [0, 2, 2, 4], [0, 2, 0, 1]
+    column_offsets, transposed_rows, order, rows = [0, 2, 3, 4, 4], [0, 2, 2, 0], [0, 2, 3, 1], [0, 0, 2, 2]
+    assert layout.index.tolist() == row_offsets + columns + column_offsets + transposed_rows + order + rows
+
+
+def test_index_of_heads_counts_through_all_heads():
+    layout = Layout.from_mask(torch.stack([MASK, ~MASK]), (8, 16), (20, 50))
+    H, R, C, kept = 2, 3, 4, 12
+    row_offsets, rest = layout.index[: H * R + 1], layout.index[H * R + 1 :]
+    columns, rest = rest[:kept], rest[kept:]
+    column_offsets, rest = rest[: H * C + 1], rest[H * C + 1 :]
+    rows_t, order, rows = rest[:kept], rest[kept : 2 * kept], rest[2 * kept :]
+    flat = torch.cat(list(layout.mask)).sum(1)  # kept blocks of each row, heads below each other
+    assert row_offsets.tolist() == [0, *flat.cumsum(0).tolist()]
+    assert column_offsets.tolist() == [0, *layout.mask.sum(1).view(-1).cumsum(0).tolist()]
+    assert [(int(r), int(c)) for r, c in zip(rows, columns, strict=True)] == [(h * R + r, h * C + c) for h, r, c in layout.mask.nonzero().tolist()]
+    assert torch.equal(rows[order.long()], rows_t)
+    assert torch.equal(columns[order.long()].sort().values, columns[order.long()])
+
+
+def test_dense_and_back():
+    layout = Layout.from_mask(MASK, (8, 16), (20, 50))
+    dense = torch.arange(1000.0).view(20, 50)
+    values = layout.from_dense(dense)
+    assert values.shape == (4, 8, 16)
+    assert torch.equal(values[0], dense[:8, :16])
+    assert torch.equal(values[2][:4], dense[16:20, :16])
+    assert torch.equal(values[2][4:], torch.zeros(4, 16))  # beyond the edge
+    assert torch.equal(layout.to_dense(values), dense * layout.element_mask())
+    assert torch.equal(layout.to_dense(values.expand(2, 3, -1, -1, -1))[1, 2], dense * layout.element_mask())
+    heads = Layout.from_mask(torch.stack([MASK, ~MASK]), (8, 16), (20, 50))
+    both = torch.stack([dense, -dense])
+    assert torch.equal(heads.to_dense(heads.from_dense(both)), both * heads.element_mask())
+
+
+def test_sets():
+    a, b = Layout.from_mask(MASK, 8), Layout.from_mask(MASK.flip(0), 8)
+    assert (a | b).mask.tolist() == [[True, True, True, False], [False] * 4, [True, True, True, False]]
+    assert (a & b).mask.tolist() == [[True, False, False, False], [False] * 4, [True, False, False, False]]
+    assert a == Layout.from_mask(MASK.clone(), 8)
+    assert hash(a) == hash(Layout.from_mask(MASK.clone(), 8))
+    assert a != b
+    assert a != Layout.from_mask(MASK, 16)
+    assert a != "layout"
+    assert len({a, b, Layout.from_mask(MASK, 8)}) == 2
+    with pytest.raises(ValueError, match="other: expected block"):
+        a | Layout.from_mask(MASK, 16)
+    with pytest.raises(ValueError, match="other: expected a Layout"):
+        a & MASK
+
+
+def test_transpose_and_permute():
+    layout = Layout.from_mask(MASK, (8, 16))
+    values = torch.randn(4, 8, 16)
+    turned = layout.transpose()
+    assert turned.shape == layout.shape[::-1]
+    assert torch.equal(turned.to_dense(layout.transpose_values(values)), layout.to_dense(values).T)
+    assert turned.transpose() == layout
+    moved = layout.permute(rows=torch.tensor([2, 0, 1]), columns=torch.tensor([3, 2, 1, 0]))
+    assert torch.equal(moved.mask, MASK[[2, 0, 1]][:, [3, 2, 1, 0]])
+    with pytest.raises(ValueError, match="rows: expected a permutation"):
+        layout.permute(rows=torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="columns: block 3 reaches over the edge"):
+        Layout.from_mask(MASK, (8, 16), (24, 60)).permute(columns=torch.tensor([3, 2, 1, 0]))
+
+
+def test_immutable():
+    mask = MASK.clone()
+    layout = Layout.from_mask(mask, 8)
+    mask.fill_(True)
+    assert layout.kept == 4
+    assert int(layout.mask.sum()) == 4
+    with pytest.raises(AttributeError):
+        layout.kept = 5
+
+
+def test_save_and_load(tmp_path):
+    for layout in (Layout.from_mask(MASK, (8, 32), (20, 100)), Layout.from_mask(torch.stack([MASK, ~MASK]), 16)):
+        save_file(layout.state(), tmp_path / "layout.safetensors")
+        again = Layout.from_state(load_file(tmp_path / "layout.safetensors"))
+        assert again == layout
+        assert torch.equal(again.index, layout.index)
+    with pytest.raises(ValueError, match="state: expected mask, block and shape"):
+        Layout.from_state({"mask": MASK})
+
+
+def test_from_indices():
+    made = Layout.from_indices(torch.tensor([2, 0, 2, 0]), torch.tensor([1, 2, 0, 0]), (3, 4), 8)
+    assert made == Layout.from_mask(MASK, 8)
+    heads = Layout.from_indices(torch.tensor([1, 0]), torch.tensor([0, 3]), (2, 3, 4), 8, heads=torch.tensor([1, 0]))
+    assert heads.mask.nonzero().tolist() == [[0, 0, 3], [1, 1, 0]]
+    with pytest.raises(ValueError, match=r"columns: expected indices in 0\.\.3, got 4 at position 1"):
+        Layout.from_indices(torch.tensor([0, 1]), torch.tensor([0, 4]), (3, 4), 8)
+    with pytest.raises(ValueError, match=r"rows: expected indices in 0\.\.2, got -1 at position 0"):
+        Layout.from_indices(torch.tensor([-1, 1]), torch.tensor([0, 3]), (3, 4), 8)
+    with pytest.raises(ValueError, match=r"block \(1, 3\) stands 2 times"):
+        Layout.from_indices(torch.tensor([1, 0, 1]), torch.tensor([3, 0, 3]), (3, 4), 8)
+    with pytest.raises(ValueError, match="columns: expected a 1-D tensor of int32 or int64, got"):
+        Layout.from_indices(torch.tensor([1]), torch.tensor([1.0]), (3, 4), 8)
+    with pytest.raises(ValueError, match="columns: expected \\(1,\\)"):
+        Layout.from_indices(torch.tensor([1]), torch.tensor([1, 2]), (3, 4), 8)
+    with pytest.raises(ValueError, match="grid: expected"):
+        Layout.from_indices(torch.tensor([1]), torch.tensor([1]), (2, 3, 4), 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((MASK.float(), 8), "mask: expected a bool tensor, got torch.float32"),
+        (([[True]], 8), "mask: expected a bool tensor, got list"),
+        ((MASK[0], 8), r"mask: expected .* got shape \(4,\)"),
+        ((MASK[:0], 8), r"mask: expected .* got shape \(0, 4\)"),
+        ((MASK, 24), r"block: expected sizes among \(8, 16, 32, 64, 128\), got \(24, 24\)"),
+        ((MASK, (8, 8, 8)), "block: expected an int or a pair of ints"),
+        ((MASK, 8, (25, 32)), r"shape: 3 x 4 blocks of 8 x 8 cover \(17..24, 25..32\) elements, got \(25, 32\)"),
+        ((MASK, 8, (24, 24)), "shape: 3 x 4 blocks"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Layout.from_mask(*arguments)
+
+
+def test_words_and_picture():
+    layout = Layout.from_mask(MASK, 8)
+    assert repr(layout) == "Layout(24 x 32, 3 x 4 blocks of 8 x 8, 4 kept, density 0.3333, cpu)"
+    assert layout.picture() == "█·█·\n····\n██··"
+    assert layout.picture(width=2) == "░░\n█·"  # squares of 2 x 2 blocks: 1 of 4, 1 of 4; the last line averages the one row that is there
+
+
+def test_moves_to_another_device():
+    layout = Layout.from_mask(MASK, 8).to("meta")
+    assert layout.device.type == layout.index.device.type == "meta"
+    assert layout.kept == 4
