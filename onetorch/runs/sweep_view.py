@@ -170,8 +170,8 @@ class View:
             if len(self.took) == 1 and not self.known and later:
                 self.say(f"forecast: {self._forecast(later)} (from the first trial)")
         if not self.live:
-            tail = f"{trial.why or number(trial.result)} ({took(trial.seconds)})" + ("; goes on later" if again else "")
-            self.say(f"{self._count()} {trial.id} {trial.name}: {trial.state}, {tail}{self._left()}")
+            what = ", ".join(filter(None, [trial.state, trial.why or number(trial.result)]))
+            self.say(f"{self._count()} {trial.id} {trial.name}: {what} ({took(trial.seconds)}){'; goes on later' * again}{self._left()}")
             self.shown = time.monotonic()
 
     def _count(self) -> str:
