@@ -5,20 +5,22 @@ import importlib.util
 import keyword
 import os
 import re
-import secrets
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onetorch import __version__, recipes
-from onetorch.runs import algorithm, folder, sweep, trust
+from onetorch.runs import algorithm, folder, trust
 from onetorch.runs import config as configs
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import OneTorchError, RunError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from onetorch.runs import sweep
 
 HELP = """\
 onetorch: create, run and share optimized PyTorch models
@@ -395,6 +397,8 @@ def _new(positional: list[str], flags: Flags) -> int:
 
 
 def _runs(positional: list[str], flags: Flags) -> int:
+    from onetorch.runs import sweep
+
     _nothing_left(flags, (), "runs")
     found: list[tuple[float, Path]] = []
     names: dict[Path, str] = {}  # of a sweep's trials
@@ -429,6 +433,8 @@ def _runs(positional: list[str], flags: Flags) -> int:
 
 def _sweep_row(path: Path) -> tuple[str, str, str, str, str]:
     """A sweep as one row of the listing: how many trials stand how."""
+    from onetorch.runs import sweep
+
     made = sweep.load(path)
     states = [t.state for t in made.trials]
     done, cost = states.count("done"), sum(t.seconds for t in made.trials)
@@ -572,16 +578,18 @@ def _train(positional: list[str], flags: Flags) -> int:
 
 def _several(flags: Flags) -> Flags:
     """The flags with more than one value."""
-    return {name: texts for name, texts in flags.items() if len(texts) > 1 or any(sweep.RANGE.fullmatch(t) for t in texts)}
+    return {name: texts for name, texts in flags.items() if len(texts) > 1 or any(configs.RANGE.fullmatch(t) for t in texts)}
 
 
-def _design(target: str, flags: Flags, fixed: str | None, where: str | None) -> sweep.Sweep:
+def _design(target: str, flags: Flags, fixed: str | None, where: str | None) -> "sweep.Sweep":
+    from onetorch.runs import sweep
+
     several = _several(flags)
     resolved = _resolve(target, {name: texts for name, texts in flags.items() if name not in several})
     kinds = dict(configs.leaves(resolved.source.Config))
     for taken in SWEEP_FLAGS.keys() & kinds.keys():
         raise UsageError(f"{resolved.source.path}: the field {taken} has the name of a sweep option; call it otherwise")
-    grid: sweep.Grid = {}
+    grid: dict[str, list[Any]] = {}
     for flag, texts in several.items():
         field, _ = _field(flag, texts[:1], kinds, resolved.name)
         try:
@@ -616,7 +624,9 @@ def _place(flags: Flags) -> dict[str, Any]:
     return {"slots": slots and int(slots), "on": on}
 
 
-def _run_sweep(made: sweep.Sweep, **how: Any) -> int:
+def _run_sweep(made: "sweep.Sweep", **how: Any) -> int:
+    from onetorch.runs import sweep
+
     where = shlex.quote(str(made.folder))
     try:
         trials = sweep.execute(made, **how)
@@ -634,12 +644,14 @@ def _run_sweep(made: sweep.Sweep, **how: Any) -> int:
 
 def _free_folder(name: str) -> Path:
     while True:
-        path = Path("runs") / f"{name}-{secrets.token_hex(3)}"
+        path = Path("runs") / f"{name}-{os.urandom(3).hex()}"
         if not path.exists():
             return path
 
 
 def _resume(positional: list[str], flags: Flags) -> int:
+    from onetorch.runs import sweep
+
     (trusted,) = _switches(positional, flags, "trust_code")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)

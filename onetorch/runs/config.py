@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any, Literal, Union
 
 from onetorch.runs.errors import UsageError
 
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")  # several values of a whole number: 0..4 is 0 1 2 3 4
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 

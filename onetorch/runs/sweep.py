@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -36,7 +35,6 @@ ATTEMPTS = 3  # in one command, of a trial that a signal keeps killing
 ALONE = 5.0  # seconds that the first trial has for itself, to measure the speed plan that the others take from the cache
 GRACE = 25.0  # seconds that trials have to save and leave after a stop signal; a run's own limit is 18
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 Grid = dict[str, list[Any]]
 
@@ -71,7 +69,7 @@ def values(texts: Sequence[str], kind: Any) -> list[Any]:
     """
     found: list[Any] = []
     for text in texts:
-        ends = RANGE.fullmatch(text)
+        ends = configs.RANGE.fullmatch(text)
         if ends and configs.type_name(kind).partition("|")[0] == "int":
             first, last = int(ends[1]), int(ends[2])
             if last < first:
