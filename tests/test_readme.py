@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from onetorch import recipes
 from onetorch.cli import COMMAND_HELP
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,11 @@ def test_the_map_names_every_part():
     parts = {f"{path.parent.name}/" for path in (ROOT / "onetorch").glob("*/__init__.py")}
     assert parts >= {"runs/", "recipes/"}
     assert parts - named == set()
+
+
+def test_the_recipes_are_those_that_are_listed():
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \| (.*) \|$", README, re.MULTILINE)
+    assert rows == [(r.name, r.algorithm, r.reaches) for r in recipes.known().values()]
 
 
 def test_the_commands_exist():
