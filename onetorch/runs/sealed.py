@@ -120,13 +120,6 @@ def write(path: Path, pieces: list[Piece]) -> None:
             file.write(piece)
 
 
-def chunks(pieces: list[Piece], size: int) -> Iterator[memoryview]:
-    """The pieces in parts of at most `size` bytes."""
-    for piece in pieces:
-        view = memoryview(piece)
-        yield from (view[start : start + size] for start in range(0, len(view), size))
-
-
 def flush(path: Path) -> Future[None]:
     """Have the disk keep a file's content, or a folder's names, beside whatever else is to be done; the result comes when it does."""
     return FLUSHERS.submit(_sync, path)

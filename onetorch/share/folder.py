@@ -32,7 +32,6 @@ GOLDEN, MANIFEST = "golden.safetensors", "manifest.json"
 REQUIRED = (MODEL, CONFIG, SOURCE, CARD, PROVENANCE)
 # In bytes. Parsed JSON takes some twenty times its length, so that what is parsed stays small beside any model worth the word.
 LIMITS = {CONFIG: 1 << 18, PROVENANCE: 1 << 18, SOURCE: 1 << 20, CARD: 1 << 20, GOLDEN: 1 << 24, MANIFEST: 1 << 16}
-FLUSH = 16 << 20  # bytes written between two flushes
 HEADER_LIMIT = 1 << 20  # bytes, or a 64th of the file
 
 
@@ -139,9 +138,7 @@ def making(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        sealed.flush(temporary).result()
         os.rename(temporary, path)
-        sealed.flush(path.absolute().parent).result()
     except OSError as error:
         raise RunError(explain(error, path)) from error
     finally:
@@ -167,19 +164,14 @@ def written(manifest: dict[str, Any]) -> bytes:
 
 
 def write(path: Path, files: dict[str, list[sealed.Piece]], known: dict[str, str]) -> None:
-    """Write a model folder atomically: hashed while the disk flushes, the manifest last. `known` as in `manifest`."""
+    """Write a model folder, the manifest last; it appears under its name when all of it is there. `known` as in `manifest`.
+
+    Unlike a checkpoint it does not wait for the disk: whoever reads it checks every hash, and the run that it was made from still stands.
+    """
     with making(path) as temporary:
-        flushes = []
         for name, pieces in files.items():
-            with open(temporary / name, "xb") as file:
-                for chunk in sealed.chunks(pieces, FLUSH):
-                    file.write(chunk)
-                    file.flush()
-                    flushes.append(sealed.flush(temporary / name))  # the disk works while the next chunk is written
-        content = manifest(files, known)
-        sealed.write(temporary / MANIFEST, [content])
-        for flush in [*flushes, sealed.flush(temporary / MANIFEST)]:
-            flush.result()
+            sealed.write(temporary / name, pieces)
+        sealed.write(temporary / MANIFEST, [manifest(files, known)])
 
 
 def is_model(path: Path) -> bool:
