@@ -185,7 +185,7 @@ def install(guard: int, make: bool) -> None:
             call(f"the {backend} build of torch", *chooser, f"torch=={torch}", "--constraint", PINS)
     call("the dependencies", *pip, "--requirement", PINS)
     call("onetorch", *pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
-    call("the first import", PYTHON, "-c", "import torch, gymnasium, safetensors.torch, onetorch.cli")  # shows that it works, and compiles what a start needs
+    call("the first import", PYTHON, "-c", "import torch, gymnasium, onetorch.cli")  # shows that it works, and compiles what a start needs
 
 
 def torch_backend(version: str, cuda: bool, platform: str, driver: int | None) -> str | None:
