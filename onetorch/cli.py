@@ -72,7 +72,7 @@ SHARE_FLAGS = {
     "trust_code": TRUST_HELP,
 }
 GET_FLAGS = {"trust_code": TRUST_HELP, "yes": "do not ask"}
-VERIFY_FLAGS = {"results": "evaluate again, with the card's options, and compare"} | GET_FLAGS
+VERIFY_FLAGS = {"results": "evaluate again, with the card's options, and compare; --FIELD PATH says where a file or folder of the config is here"} | GET_FLAGS
 
 COMMAND_HELP = {
     "list": "onetorch list: the recipes, their algorithms and what each is expected to reach.",
@@ -809,7 +809,8 @@ def _get(positional: list[str], flags: Flags) -> int:
 
 def _verify(positional: list[str], flags: Flags) -> int:
     trusted, yes, again = _switches(positional, flags, "trust_code", "yes", "results")
-    _nothing_left(flags, VERIFY_FLAGS, "verify")
+    if not again:
+        _nothing_left(flags, VERIFY_FLAGS, "verify")
     where = _only(positional, "folder", "verify")
     from onetorch.share import folder as folders
     from onetorch.share import places
@@ -821,7 +822,11 @@ def _verify(positional: list[str], flags: Flags) -> int:
         _print(line)
     if not again:
         return 0
-    judgements = list(results(contents, loaded))
+    # The sender's paths are not ours: those fields, and no others, may be given anew.
+    kinds = {name: kind for name, kind in configs.leaves(type(loaded.config)) if kind in (Path, Path | None)}
+    _nothing_left({name: texts for name, texts in flags.items() if name not in kinds}, [*VERIFY_FLAGS, *kinds], "verify")
+    config = configs.replace(loaded.config, {name: configs.parse(_field(name, texts, kinds, where)[1], kinds[name]) for name, texts in flags.items()})
+    judgements = list(results(contents, loaded, config))
     verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}
     rows = [(j.name, _number(j.card), _number(j.here), verdict[j.agrees], j.why) for j in judgements]
     _table([("VALUE", "CARD", "HERE", "", ""), *(tuple(map(trust.printable, row)) for row in rows)])

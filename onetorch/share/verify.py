@@ -61,8 +61,10 @@ class Judgement:
     why: str
 
 
-def results(contents: Contents, loaded: Loaded) -> Iterator[Judgement]:
+def results(contents: Contents, loaded: Loaded, config: Any = None) -> Iterator[Judgement]:
     """Evaluate again with the card's options and judge each of its values. CheckpointError when the card has none, or they do not fit the algorithm.
+
+    `config`: in place of the folder's own, where its paths lead elsewhere here.
 
     A value with a 95 % interval (`x` and `x_ci95`, half its width) agrees when the two means differ by at most the root of the sum of squares of the half
     widths: two measurements of the same thing do so in 95 of 100 cases.
@@ -84,7 +86,7 @@ def results(contents: Contents, loaded: Loaded) -> Iterator[Judgement]:
         given = {name: from_json(value, kinds[name][0], name) for name, value in options.items()}
     except OneTorchError as error:
         raise CheckpointError(f"{what}: {error}") from error
-    here = loaded.module.evaluate(loaded.model, loaded.config, media=None, **given)
+    here = loaded.module.evaluate(loaded.model, config or loaded.config, media=None, **given)
     intervals = any(name.endswith("_ci95") for name in values)
     for name, card in values.items():
         if name.endswith("_ci95"):

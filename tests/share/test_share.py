@@ -158,6 +158,11 @@ def test_get_leaves_a_checked_copy_of_code_that_it_does_not_run(model: Path, tmp
 
 
 def test_verify_results(model: Path, reseal, onetorch) -> None:
+    code, out, _ = onetorch("verify", model, "--results", "--trust-code", "--data", "elsewhere")
+    assert code == 0
+    code, _, err = onetorch("verify", model, "--results", "--trust-code", "--width", "3")
+    assert code == 2
+    assert "verify has no option --width" in err
     code, out, _ = onetorch("verify", model, "--results", "--trust-code")
     assert code == 0
     assert "mean" in out
