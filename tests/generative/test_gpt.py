@@ -218,7 +218,6 @@ def test_training_learns_and_evaluates(tmp_path: Path) -> None:
     assert results["bytes"] == 599
     assert results["bpb"] == pytest.approx(rows[-1]["val_bpb"], abs=5 * rows[-1]["val_bpb_se"])
     assert 0 < results["ngram_bpb"] < 3  # type: ignore[operator]
-    assert [r["ngram_bpb"] for r in rows if "ngram_bpb" in r] == [results["ngram_bpb"]]
     samples = (tmp_path / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- sample") == 2
     assert "--- sample 2 ---\nto " in samples
