@@ -2,7 +2,8 @@
 
     python benchmarks/overheads.py [--rows 20000] [--saves 30] [--out benchmarks/results/overheads.json]
 
-Targets: a row of five scalars at most 20 microseconds (median of single calls); `run.phase` at most 0.5 (mean over many); an atomic checkpoint with hashes at most 1.3 times `torch.save` and fsync of
+Targets: a row of five scalars at most 20 microseconds (median of single calls); `run.phase` at most 0.5 (mean over many);
+an atomic checkpoint with hashes at most 1.3 times `torch.save` and fsync of
 the same state (median of the ratios of neighbours, the two in turn, after a warm-up, since a file system's first pages cost more than recycled ones).
 Plain `torch.save` overwrites one file, as most people do; a run removes its oldest checkpoint in a thread while training goes on, which is timed by itself.
 Exits 1 on a miss.
@@ -42,7 +43,7 @@ class State:
 
 
 def rows(folder: Path, count: int) -> dict[str, float]:
-    """Microseconds of one `run.log` of five scalars, flushes to the file included, of one turn of `run.steps` with `run.checkpoint` not due, and of `run.phase`."""
+    """Microseconds of one `run.log` of five scalars, flushes to the file included, of one turn of `run.steps` with `run.checkpoint` not due, of `run.phase`."""
     with onetorch.Run(folder, Config(), quiet=True) as run:
         logs, turns = [], []
         state = run.restore(State(nn.Linear(2, 2)))

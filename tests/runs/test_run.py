@@ -672,5 +672,6 @@ class Config:
 with onetorch.Run({str(tmp_path / "run")!r}, Config(), quiet=True) as run:
     assert run.record["git"] is None
 """
-    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60, env=paths)
     assert done.returncode == 0, done.stderr
