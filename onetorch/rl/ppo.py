@@ -128,14 +128,18 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip: float | None
 
 
 @torch.no_grad()
-def rollout(config: Config, state: State, T: int) -> dict[str, Tensor]:
+def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dict[str, Tensor]:
     """T steps of all environments under the current policy, with advantages: a dict of tensors whose first axis is T * N."""
     model, envs = state.model, state.envs
     noise, steps = model.noise(T, envs.num_envs), []
     for t in range(T):
         obs = envs.obs
         act = model.act(obs, noise[t])
+        if run:
+            run.phase("action")
         steps.append((obs, act, *envs.step(act)))
+        if run:
+            run.phase("environment")
     raw, act, raw_next, reward, terminated, truncated = (torch.stack(column) for column in zip(*steps, strict=True))  # (T, N, …)
 
     if config.normalize_reward:
@@ -213,13 +217,15 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     state = run.restore(begin(config, N, plan["backend"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
-        batch = rollout(config, state, T)
+        batch = rollout(config, state, T, run)
         losses = update(config, state, batch, config.lr * (1 - (state.iteration - 1) / total if config.anneal else 1), run)
         if state.model.norm is not None:
             state.model.norm.update(batch["raw"])
+        run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
         run.checkpoint(state)
+        run.phase("logging")
     state.envs.close()
     return state.model
 
