@@ -32,7 +32,9 @@ class RewardNorm(nn.Module):
 
 
 @torch.no_grad()
-def collect(model: ActorCritic, envs: Envs, T: int, gamma: float, lam: float, reward_norm: RewardNorm | None = None) -> dict[str, Tensor]:
+def collect(
+    model: ActorCritic, envs: Envs, T: int, gamma: float, lam: float, reward_norm: RewardNorm | None = None, run: Run | None = None
+) -> dict[str, Tensor]:
     """T steps of all N environments under the current policy, with advantages by GAE. Tensors whose first axis is T * N:
 
     | name       | shape       | meaning                                                                      |
@@ -51,7 +53,11 @@ def collect(model: ActorCritic, envs: Envs, T: int, gamma: float, lam: float, re
     for t in range(T):
         obs = envs.obs
         act = model.act(obs, noise[t])
+        if run:
+            run.phase("action")
         steps.append((obs, act, *envs.step(act)))
+        if run:
+            run.phase("environment")
     raw, act, raw_next, reward, terminated, truncated = (torch.stack(column) for column in zip(*steps, strict=True))  # (T, N, …)
     if reward_norm is not None:
         reward = reward_norm(reward, terminated | truncated)

@@ -130,8 +130,8 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip: float | None
     return 0.5 * error.mean()
 
 
-def rollout(config: Config, state: State, T: int) -> dict[str, Tensor]:
-    return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm)
+def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dict[str, Tensor]:
+    return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm, run)
 
 
 def update(config: Config, state: State, batch: dict[str, Tensor], left: float = 1.0, run: Run | None = None) -> dict[str, float | None]:
@@ -190,13 +190,15 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     state = run.restore(begin(config, N, plan["backend"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
-        batch = rollout(config, state, T)
+        batch = rollout(config, state, T, run)
         losses = update(config, state, batch, 1 - (state.iteration - 1) / total if config.anneal else 1.0, run)
         if state.model.norm is not None:
             state.model.norm.update(batch["raw"])
+        run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
         run.checkpoint(state)
+        run.phase("logging")
     state.envs.close()
     return state.model
 

@@ -166,8 +166,8 @@ def line_search(evaluate: Callable[[float], tuple[float, float]], delta: float, 
     return 0.0
 
 
-def rollout(config: Config, state: State, T: int) -> dict[str, Tensor]:
-    return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm)
+def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dict[str, Tensor]:
+    return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm, run)
 
 
 def update(config: Config, state: State, batch: dict[str, Tensor], run: Run | None = None) -> dict[str, float | None]:
@@ -224,13 +224,15 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     state = run.restore(begin(config, N, plan["backend"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
-        batch = rollout(config, state, T)
+        batch = rollout(config, state, T, run)
         losses = update(config, state, batch, run)
         if state.model.norm is not None:
             state.model.norm.update(batch["raw"])
+        run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
         run.checkpoint(state)
+        run.phase("logging")
     state.envs.close()
     return state.model
 
