@@ -195,6 +195,7 @@ def main() -> None:
     result = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__, "seeds": arguments.seeds, "tasks": {}}
     for task in arguments.tasks:
         rows = {}
+        print(f"{task}: {TASKS[task]['metric']}")
         for name in NETWORKS:
             runs = sorted((r for r in done if r["task"] == task and r["network"] == name), key=lambda r: r["seed"])
             curve = [[point[0], *interval([r["curve"][n][1] for r in runs])] for n, point in enumerate(runs[0]["curve"])]
@@ -204,7 +205,8 @@ def main() -> None:
                 "ms_per_step": round(1000 * rates[task][name], 2), "curve": [[round(v, 4) for v in point] for point in curve],
             }  # fmt: skip
             row = rows[name]
-            print(f"{task:<7} {name:<14} {mean:8.4f} +- {half:.4f} {TASKS[task]['metric']}, {row['steps']} x {row['ms_per_step']} ms, {row['weights']:,} weights")
+            print(f"{task:<7} {name:<14} {mean:8.4f} +- {half:.4f} {row['steps']} x {row['ms_per_step']} ms, {row['weights']:,} weights")
+        print()
         result["tasks"][task] = {"seconds": arguments.seconds or TASKS[task]["seconds"], "metric": TASKS[task]["metric"], "networks": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

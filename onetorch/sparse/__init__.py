@@ -6,6 +6,22 @@ from onetorch.sparse.costs import choice
 from onetorch.sparse.dynamic import DynamicSparsity
 from onetorch.sparse.layers import Linear, from_bsr, to_bsr
 from onetorch.sparse.layout import Layout
+from onetorch.sparse.multihead import MultiheadAttention
 from onetorch.sparse.products import dds, dsd, sdd
 
-__all__ = ["DynamicSparsity", "KeyValueCache", "Layout", "Linear", "attention", "choice", "dds", "decode", "dsd", "from_bsr", "patterns", "sdd", "to_bsr"]
+__all__ = [
+    "DynamicSparsity",
+    "KeyValueCache",
+    "Layout",
+    "Linear",
+    "MultiheadAttention",
+    "attention",
+    "choice",
+    "dds",
+    "decode",
+    "dsd",
+    "from_bsr",
+    "patterns",
+    "sdd",
+    "to_bsr",
+]

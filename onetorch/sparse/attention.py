@@ -117,7 +117,8 @@ def _attention_backward(
     if _native(q):
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        return cpu.attention_backward(q, k, v, out, lse, grad.contiguous(), grad_lse, index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
+        arguments = (index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
+        return cpu.attention_backward(q, k, v, out, lse, grad.contiguous(), grad_lse, *arguments)
     kind = _accumulator(q.dtype)
     keys, values = _repeat(k, H).to(kind), _repeat(v, H).to(kind)
     scores, rows = _scores(q.to(kind), keys, index, block, heads, scale, causal, position, group, padding, mask)
@@ -299,7 +300,8 @@ def attention(
         position = order.to(torch.int32)
     groups = None if groups is None else groups.to(torch.int32)
     restrictions = (position, groups, None if key_padding is None else key_padding.contiguous(), None if mask is None else mask.contiguous())
-    out, lse = _attention(q, k, v, layout.index, *layout.block, layout.heads or 1, 1 / math.sqrt(D) if scale is None else float(scale), causal, *restrictions, dropout, seed)
+    scale = 1 / math.sqrt(D) if scale is None else float(scale)
+    out, lse = _attention(q, k, v, layout.index, *layout.block, layout.heads or 1, scale, causal, *restrictions, dropout, seed)
     if order is not None:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(S, device=order.device))
         out, lse = out.index_select(2, back), lse.index_select(2, back)
@@ -339,7 +341,7 @@ def decode(
     (B, H, n, D), (Hk, T), end, (S, Sk) = q.shape, k.shape[1:3], start + q.shape[2], layout.shape
     if k.shape[0] != B or k.shape[3] != D or v.shape[:3] != k.shape[:3] or Hk == 0 or H % Hk:
         raise ValueError(f"k, v: expected ({B}, a divisor of {H}, tokens, {D}) and as many values, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if not 0 <= start < end <= min(T, S, Sk) or T > Sk:
+    if not 0 <= start < end <= min(T, S, Sk) or Sk < T:
         raise ValueError(f"start: expected {n} tokens from {start} on within a cache of {T} and a layout of {(S, Sk)}")
     if layout.heads not in (None, H):
         raise ValueError(f"layout: expected one for all heads or {H}, got {layout!r}")
@@ -348,7 +350,7 @@ def decode(
     if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool):
         raise ValueError(f"mask: expected {layout.values_shape} bool, got {tuple(mask.shape)} {mask.dtype}")
     for name, tokens in (("groups", groups), ("order", order)):
-        if tokens is not None and (S != Sk or list(tokens.shape) != [S]):
+        if tokens is not None and (Sk != S or list(tokens.shape) != [S]):
             raise ValueError(f"{name}: expected ({S},) for as many queries as keys, got {tuple(tokens.shape)}")
     device, (br, bc) = q.device, layout.block
     query = torch.arange(start, end, device=device)
@@ -387,7 +389,7 @@ def decode(
         allowed = allowed & there.repeat_interleave(share, 1)[:, :, None]
     blind = ~allowed.any(3, keepdim=True)
     allowed = (allowed | blind).expand(B, H, n, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=scale, enable_gqa=H != Hk)
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=scale, enable_gqa=Hk != H)
     return out.masked_fill(blind, 0.0)
 
 

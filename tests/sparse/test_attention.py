@@ -355,8 +355,8 @@ def test_under_vmap(path):
     for n in range(3):
         for a, b in zip(batched, torch.autograd.grad(out, inputs, grads[n], retain_graph=True), strict=True):
             assert torch.equal(a[n], b)
+    masks = torch.ones(3, *layout.values_shape, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask: expected the same for every element of vmap"):
-        masks = torch.ones(3, *layout.values_shape, dtype=torch.bool)
         torch.func.vmap(lambda m: attention(q[0], k[0], v[0], layout, mask=m))(masks)
 
 
