@@ -236,8 +236,6 @@ def train(config: Config, run: Run) -> GPT:
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             val_loss, val_se, _ = score(model, held_out, config.eval_windows)
             evaluated = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2), "val_bpb_se": val_se / math.log(2)}
-        if state.iteration == config.steps:
-            evaluated["ngram_bpb"] = ngram.bits_per_byte(train_text, held_out)
         run.log(state.iteration, loss=loss, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
     return model

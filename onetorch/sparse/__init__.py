@@ -3,8 +3,9 @@
 from onetorch.sparse import patterns
 from onetorch.sparse.attention import attention
 from onetorch.sparse.costs import choice
+from onetorch.sparse.dynamic import DynamicSparsity
 from onetorch.sparse.layers import Linear, from_bsr, to_bsr
 from onetorch.sparse.layout import Layout
 from onetorch.sparse.products import dds, dsd, sdd
 
-__all__ = ["Layout", "Linear", "attention", "choice", "dds", "dsd", "from_bsr", "patterns", "sdd", "to_bsr"]
+__all__ = ["DynamicSparsity", "Layout", "Linear", "attention", "choice", "dds", "dsd", "from_bsr", "patterns", "sdd", "to_bsr"]

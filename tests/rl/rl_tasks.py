@@ -26,6 +26,12 @@ class Task(gymnasium.Env):
         return np.ones(1, np.float32)
 
 
+class BoxTask(Task):
+    """The same for algorithms of continuous actions."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+
 class NaNObservation(Task):
     def look(self) -> Any:
         return np.full(1, np.nan if self.count == 3 else 0.0, np.float32)
@@ -73,9 +79,12 @@ class Noisy(Task):
         return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
 
 
-LIMIT = 5  # steps until TimeLimit cuts Trap-v0
+# The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the value
+# of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
+LIMIT = 5
 if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second time, to look for doctests in it
     gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
+    gymnasium.register("TrapBox-v0", entry_point="rl_tasks:BoxTask", max_episode_steps=LIMIT)
     gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
     gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
     gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
