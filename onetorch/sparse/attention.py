@@ -3,7 +3,7 @@
     layout = patterns.local(4096, 64, window=256)
     out = attention(q, k, v, layout, causal=True)              # (B, H, S, D)
 
-One fused kernel each way, C++ on the CPU and Triton on a GPU; where there is no compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps
+One fused kernel each way, C++ on the CPU and Triton on a GPU; elsewhere the same mathematics on gathered blocks in PyTorch. The backward pass keeps
 the output and the log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
 """
 

@@ -5,7 +5,8 @@ K takes several of them, each lane with its own index. Each output tile is summe
 summed over the transposed index, so there are no atomics and the same call gives the same bits. Nothing here reads a number back from the device, so a
 call can be captured in a CUDA graph.
 
-Triton's interpreter (TRITON_INTERPRET=1, set before Triton is first imported) runs these kernels on tensors of the CPU; that is how they are tested where there is no GPU.
+Triton's interpreter (TRITON_INTERPRET=1, set before Triton is first imported) runs these kernels on tensors of the CPU; that is how they are tested where
+there is no GPU.
 """
 
 import math
@@ -134,6 +135,7 @@ def _sdd_kernel(
             total = tl.dot(p, q, total, input_precision=PRECISION, out_dtype=ACC)
         left += a_g
         right += b_g
+    total = tl.where(m_there[:, None] & n_there[None, :], total, 0.0)  # an infinity times the padding would be NaN
     at = values + (first.to(tl.int64) * kept + block) * (BR * BC) + i[:, None] * BC + j[None, :]
     tl.store(at, total.to(values.dtype.element_ty), mask=(i < BR)[:, None] & (j < BC)[None, :])
 
@@ -161,7 +163,8 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
 @triton.jit
 def _allowed(
     block, query, key, i, j, b, S, Sk, place, group, padding, mask,
-    BR: tl.constexpr, BC: tl.constexpr, CAUSAL: tl.constexpr, HAS_PLACE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PLACE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """(TM, TN): which scores of a kept block exist and are allowed."""
     there_q, there_k = (i < BR) & (query < S), (j < BC) & (key < Sk)
@@ -225,7 +228,7 @@ def _attention_kernel(
         values = _rows_of(vals, key, v_s, there_k, e, Dv)
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
         top = new_top
-    sees = total > 0
+    sees = total != 0.0  # a NaN is seen, and goes on to the output
     sums = tl.where(sees[:, None], sums / tl.where(sees, total, 1.0)[:, None], 0.0)
     at = (b * H + h) * S + query.to(tl.int64)
     tl.store(out + at[:, None] * Dv + e[None, :], sums.to(out.dtype.element_ty), mask=there_q[:, None] & (e < Dv)[None, :])
@@ -334,7 +337,7 @@ def _common(q, k, v, grid, block, heads, scale, causal, position, group, padding
 
 def attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask) -> tuple[Tensor, Tensor]:
     """Output (B, H, S, Dv) and log-sum-exp (B, H, S). The last dimension of q, k and v must be dense."""
-    (B, H, S, _D), (R, C) = q.shape, grid
+    (B, H, S, _D), R = q.shape, grid[0]
     out, lse = q.new_empty(B, H, S, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if lse.numel():
         common = _common(q, k, v, grid, block, heads, scale, causal, position, group, padding, mask)

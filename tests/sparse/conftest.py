@@ -15,7 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["compiled", "pytorch"])
 def path(request, monkeypatch):
-    """Every check runs on the C++ kernels, where this machine can build them, and on the PyTorch path; with TRITON_INTERPRET=1 on the Triton kernels (test_gpu.py)."""
+    """Every check runs on the C++ kernels, where this machine can build them, and on the PyTorch path; with
+    TRITON_INTERPRET=1 on the Triton kernels (see test_gpu.py).
+    """
     if request.param == "triton":
         for module in (products, attention):
             monkeypatch.setattr(module, "_kernels", lambda x: products._triton())
@@ -29,7 +31,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def dot_of_bfloat16():
-    """Triton's interpreter keeps bfloat16 as its bits in uint16 and multiplies these in tl.dot as if they were numbers: widened here, as the tensor cores do."""
+    """Triton's interpreter keeps bfloat16 as its bits in uint16 and multiplies these in tl.dot as if they were numbers: here they are widened."""
     if not INTERPRETED:
         yield
         return
