@@ -2,6 +2,8 @@
 
 from onetorch.sparse import patterns
 from onetorch.sparse.attention import KeyValueCache, attention, decode
+from onetorch.sparse.blocks import softmax, sss
+from onetorch.sparse.conv import Conv1d, Conv2d, Conv3d, EdgeBias
 from onetorch.sparse.costs import choice
 from onetorch.sparse.dynamic import DynamicSparsity
 from onetorch.sparse.layers import Linear, from_bsr, to_bsr
@@ -10,7 +12,11 @@ from onetorch.sparse.multihead import MultiheadAttention
 from onetorch.sparse.products import dds, dsd, sdd
 
 __all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
     "DynamicSparsity",
+    "EdgeBias",
     "KeyValueCache",
     "Layout",
     "Linear",
@@ -23,5 +29,7 @@ __all__ = [
     "from_bsr",
     "patterns",
     "sdd",
+    "softmax",
+    "sss",
     "to_bsr",
 ]

@@ -33,12 +33,17 @@ class BlockSparse(nn.Module):
     probe: Tensor | None
 
     def _create(self, layout: Layout, kernel: tuple[int, ...], gate: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.layout = layout if device is None else layout.to(device)
-        kind = {"device": self.layout.device, "dtype": dtype}
+        layout = layout if device is None else layout.to(device)
+        kind = {"device": layout.device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(*layout.values_shape, *kernel, **kind))  # type: ignore[arg-type]
         self.gate = nn.Parameter(torch.ones(layout.kept, **kind)) if gate else None  # type: ignore[arg-type]
         self.probe = None
-        self.register_buffer("layout_mask", self.layout.mask)
+        self.register_buffer("layout_mask", layout.mask)
+        self._take(layout)
+
+    def _take(self, layout: Layout) -> None:
+        """All that changes with the layout but the parameters."""
+        self.layout, self.layout_mask = layout, layout.mask
 
     def gated_weight(self) -> Tensor:
         """The weight times the gates; the weight itself where there are none."""
@@ -107,13 +112,12 @@ class BlockSparse(nn.Module):
                     group["params"] = [fresh if p is parameter else p for p in group["params"]]
                 if parameter in optimizer.state:
                     optimizer.state[fresh] = optimizer.state.pop(parameter)
-        self.layout, self.layout_mask = layout, layout.mask
+        self._take(layout)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.weight.device.type != "meta":
-            self.layout = self.layout.to(self.weight.device)
-            self.layout_mask = self.layout.mask
+            self._take(self.layout.to(self.weight.device))
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -134,7 +138,7 @@ class BlockSparse(nn.Module):
                     if parameter is not None and parameter.shape[0] != layout.kept:
                         parameter.grad = None
                         parameter.data = parameter.data.new_empty(layout.kept, *parameter.shape[1:])
-                self.layout, self.layout_mask = layout, layout.mask
+                self._take(layout)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
