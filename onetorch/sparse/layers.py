@@ -274,23 +274,3 @@ class Linear(BlockSparse):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.layout!r}"
-
-
-def to_bsr(values: Tensor, layout: Layout) -> Tensor:
-    """(kept, br, bc) -> torch's sparse BSR tensor of shape (rows, columns). Whole blocks and no heads: ValueError otherwise."""
-    if layout.heads is not None or layout.shape[0] % layout.block[0] or layout.shape[1] % layout.block[1]:
-        raise ValueError(f"layout: BSR needs one matrix of whole blocks, got {layout!r}")
-    R, C = layout.grid
-    return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape, check_invariants=False)
-
-
-def from_bsr(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """A torch sparse BSR matrix -> (values, layout). The blocks must have a size of `layout.BLOCKS`."""
-    if tensor.layout != torch.sparse_bsr or tensor.ndim != 2:
-        raise ValueError(f"tensor: expected a sparse BSR matrix, got {tensor.ndim} dimensions, {tensor.layout}")
-    block = (tensor.values().shape[1], tensor.values().shape[2])
-    grid = (tensor.shape[0] // block[0], tensor.shape[1] // block[1])
-    rows = torch.repeat_interleave(torch.arange(grid[0], device=tensor.device), tensor.crow_indices().diff())
-    columns = tensor.col_indices()
-    layout = Layout.from_indices(rows, columns, grid, block)
-    return tensor.values()[(rows * grid[1] + columns).argsort()], layout

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import Layout, Linear, from_bsr, patterns, to_bsr
+from onetorch.sparse import Layout, Linear, patterns
 
 
 def layer(bias=True, shape=(100, 72), block=(16, 8), seed=0, dtype=None):
@@ -130,22 +130,6 @@ def test_moves_and_copies():
     assert moved.layout_mask.dtype == torch.bool
     assert sum(p.numel() for p in sparse.parameters()) == sparse.layout.kept * 128 + 100
     assert "density" in repr(sparse)
-
-
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
-def test_bsr():
-    layout = patterns.random((64, 96), (16, 32), 0.4, torch.Generator().manual_seed(0))
-    values = torch.randn(layout.values_shape)
-    bsr = to_bsr(values, layout)
-    torch._validate_sparse_bsr_tensor_args(bsr.crow_indices(), bsr.col_indices(), bsr.values(), bsr.shape)
-    assert torch.equal(bsr.to_dense(), layout.to_dense(values))
-    again, same = from_bsr(bsr)
-    assert same == layout
-    assert torch.equal(again, values)
-    with pytest.raises(ValueError, match="BSR needs one matrix of whole blocks"):
-        to_bsr(values, Layout.from_mask(layout.mask, layout.block, (60, 96)))
-    with pytest.raises(ValueError, match="tensor: expected a sparse BSR matrix"):
-        from_bsr(torch.zeros(3, 3))
 
 
 def test_wrong_arguments():
