@@ -7,12 +7,13 @@ from onetorch.sparse.conv import Conv1d, Conv2d, Conv3d, EdgeBias
 from onetorch.sparse.convert import from_bsr, to_bsr
 from onetorch.sparse.costs import choice
 from onetorch.sparse.dynamic import DynamicSparsity
-from onetorch.sparse.layers import Linear
+from onetorch.sparse.layers import MLP, Linear, Projection
 from onetorch.sparse.layout import Layout
 from onetorch.sparse.multihead import MultiheadAttention
 from onetorch.sparse.products import dds, dsd, sdd
 
 __all__ = [
+    "MLP",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -22,6 +23,7 @@ __all__ = [
     "Layout",
     "Linear",
     "MultiheadAttention",
+    "Projection",
     "attention",
     "choice",
     "convert",

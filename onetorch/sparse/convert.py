@@ -124,7 +124,7 @@ def to_blocksparse(values: Tensor, layout: Layout, *, z_order: bool = True) -> t
     """(kept, b, b) as `Linear` has it -> (weight, layout) of openai/blocksparse's BlocksparseMatMul.
 
     Theirs is the transposed matrix, (inputs, outputs): weight (kept, b, b) with inputs down, layout (C, R) int32, blocks in Morton order, or with
-    z_order=False by output and then input. Square blocks, whole, no heads: ValueError otherwise.
+    z_order=False by output and then input, as scipy.sparse.find listed them at its time. Square blocks, whole, no heads: ValueError otherwise.
     """
     _whole(layout, "openai/blocksparse")
     _check_values(values, layout)
