@@ -226,8 +226,18 @@ def test_the_clock_is_given_back_after_each_step() -> None:
     batch.step(torch.zeros(1, dtype=torch.int64))
     time.sleep(0.6)  # an update that takes longer than a step may
     batch.step(torch.zeros(1, dtype=torch.int64))
-    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_alarm_clock_of_someone_else_is_left_alone() -> None:
+    def theirs(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGALRM, theirs)
+    try:
+        envs.make("Endless-v0", 1, 0, "sync").step(torch.zeros(1, dtype=torch.int64))
+        assert signal.getsignal(signal.SIGALRM) is theirs
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_slow_environments_do_not_hang_together() -> None:
