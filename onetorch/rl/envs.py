@@ -167,9 +167,9 @@ class GymEnvs:
     def step(self, act: Tensor) -> Step:
         if self.closed:
             raise RunError(f"these {self.num_envs} {self.env} are closed: make new ones")
-        actions = self.to_env(act)
-        if len(actions) != self.num_envs:
+        if act.numel() != self.num_envs * math.prod(self.action_space.shape):
             raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
+        actions = self.to_env(act)
         try:
             for group, part in zip(self.groups, self.parts, strict=True):
                 group.send_step(actions[part], self.next_seed[part])
