@@ -367,10 +367,12 @@ def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool 
 
 
 def make_one(env: str, **options: Any) -> gymnasium.Env:
-    """One Gymnasium environment, with errors in one line that say what to do."""
+    """One Gymnasium environment, with errors in one line that say what to do. Atari games as in Mnih et al. 2015: every fourth frame, grey, 84 x 84."""
     spec = _spec(env)
+    atari = str(spec.entry_point).startswith("ale_py.")
     try:
-        return gymnasium.make(spec, disable_env_checker=True, **options)
+        one = gymnasium.make(spec, disable_env_checker=True, **options, **({"frameskip": 1} if atari else {}))
+        return gymnasium.wrappers.AtariPreprocessing(one) if atari else one
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(_missing(env, error)) from None
     except gymnasium.error.Error as error:
@@ -378,10 +380,17 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
 
 
 def _missing(env: str, error: Exception) -> str:
-    return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[rl]'"
+    extra = "atari" if env.startswith("ALE/") else "rl"
+    return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[{extra}]'"
 
 
 def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
+    if env.startswith("ALE/") and env not in gymnasium.registry:
+        try:
+            import ale_py
+        except ImportError as error:
+            raise UsageError(_missing(env, error)) from None
+        gymnasium.register_envs(ale_py)
     try:
         return gymnasium.spec(env)
     except (gymnasium.error.Error, ImportError) as error:

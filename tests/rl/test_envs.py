@@ -177,7 +177,7 @@ def test_dict_observations_and_several_choices(backend: str) -> None:
     batch.close()
     wrong = envs.make("WrongPart-v0", 2, 0, backend)
     wrong.step(torch.zeros(2, 3, dtype=torch.int64))
-    told = r"WrongPart-v0 number 0 gave the observation \['gear'\] .*5.* at step 2 of episode 0: expected one of Discrete\(3, start=-1\)"
+    told = r"WrongPart-v0 number [01] gave the observation \['gear'\] .*5.* at step 2 of episode 0: expected one of Discrete\(3, start=-1\)"
     with pytest.raises(RunError, match=told):
         wrong.step(torch.zeros(2, 3, dtype=torch.int64))
 
@@ -278,6 +278,30 @@ def test_lunar_lander(backend: str) -> None:
     assert first.episodes.finished > 0
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_atari(backend: str) -> None:
+    for package in ("ale_py", "cv2"):
+        pytest.importorskip(package)
+    first, second = (envs.make("ALE/Breakout-v5", 2, seed, backend, frame_stack=4) for seed in (0, 1))
+    assert first.spaces == envs.spaces("ALE/Breakout-v5", images=True, frame_stack=4) == envs.Spaces(0, 4, discrete=True, image=(4, 84, 84))
+    rewards = sum(float(x.sum()) for x in play(first, 120, 0)[1::5])
+    assert rewards > 0
+    assert first.obs.dtype == torch.uint8
+    assert first.obs.float().std() > 10
+    second.load_state_dict(first.state_dict())
+    assert same(play(first, 20, 1), play(second, 20, 1))
+    first.close()
+    second.close()
+
+
+def test_atari_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    for name in [name for name in gymnasium.registry if name.startswith("ALE/")]:
+        monkeypatch.delitem(gymnasium.registry, name)
+    with pytest.raises(UsageError, match=r"ALE/Breakout-v5 needs a package that is not installed \(.*\): pip install 'onetorch\[atari\]'"):
+        envs.make("ALE/Breakout-v5", 1, 0)
 
 
 @pytest.mark.parametrize(
