@@ -21,6 +21,7 @@ import contextlib
 import difflib
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -347,6 +348,21 @@ def backends(env: str) -> tuple[str, ...]:
         return ("native", "threads") if cores() > 1 else ("native",)
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started
     return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
+
+
+def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
+    """Environment steps per second of nothing but the environments, under actions drawn beforehand: the ceiling of any training on them."""
+    envs = make(env, num_envs, 0, backend)
+    generator = torch.Generator().manual_seed(0)
+    A, shape = envs.spaces.act_dim, (64, num_envs)
+    draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
+    steps, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds or not steps:
+        for act in draws:
+            envs.step(act)
+        steps += draws.shape[0] * num_envs
+    envs.close()
+    return steps / spent
 
 
 def cores() -> int:
