@@ -19,6 +19,7 @@ that seed and the actions since: loading resets, replays them, and checks that t
 
 import contextlib
 import difflib
+import importlib
 import math
 import os
 import time
@@ -303,8 +304,9 @@ class Stacked:
 
 
 def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
-    """`num_envs` copies of the Gymnasium environment `env`, already reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an
-    observation is the last so many, the newest last (see Stacked). `device`: where tensors are and stay; other than "cpu" for the native classic tasks only.
+    """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it), already reset. `backend`: one of
+    `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`: where tensors are and
+    stay; other than "cpu" for the native classic tasks only.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -407,10 +409,16 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
         except ImportError as error:
             raise UsageError(_missing(env, error)) from None
         gymnasium.register_envs(ale_py)
+    module, colon, name = env.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)  # which registers it
+        except ImportError as error:
+            raise UsageError(f"{env}: the module {module!r} cannot be imported ({str(error).splitlines()[0]})") from None
     try:
-        return gymnasium.spec(env)
+        return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        near = _nearest(env)
+        near = _nearest(name)
         raise UsageError(f"unknown environment {env!r}" + (f"; nearest: {', '.join(near)}" if near else f" ({str(error).splitlines()[0]})")) from None
 
 

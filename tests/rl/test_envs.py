@@ -321,6 +321,23 @@ def test_what_cannot_be_made_is_named_in_one_line(env: str, message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_module_that_registers_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    name = f"registers_{backend}"
+    (tmp_path / f"{name}.py").write_text(
+        "import gymnasium, rl_tasks\nclass Mine(rl_tasks.Task): pass\n"
+        f"gymnasium.register('Mine-{backend}-v0', entry_point='{name}:Mine', max_episode_steps=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = envs.make(f"{name}:Mine-{backend}-v0", 2, 0, backend)
+    assert envs.backends(f"{name}:Mine-{backend}-v0") == ("sync", "processes")
+    ends = [batch.step(torch.zeros(2, dtype=torch.int64))[3].tolist() for _ in range(3)]
+    assert ends == [[False, False], [False, False], [True, True]]
+    batch.close()
+    with pytest.raises(UsageError, match="the module 'no_such_module' cannot be imported"):
+        envs.make("no_such_module:Mine-v0", 1, 0)
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
         envs.make("CartPole-v1", 0, 0)
