@@ -79,8 +79,31 @@ class Noisy(Task):
         return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
 
 
-# The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the value
-# of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
+class Chain(Task):
+    """Three states in a row, seen one-hot. Action 0 leaves and pays 1; action 1 walks on, and pays 5 at the row's end. With a discount of 0.9 it is best to
+    walk, and the states are worth 4.05, 4.5 and 5; with a discount of 0.4 they are worth 1, 2 and 5, and from the first it is best to leave."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (3,), np.float32)
+
+    def look(self) -> Any:
+        return np.eye(4, 3, dtype=np.float32)[self.count]
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        end = self.count == 3
+        return self.look(), 1.0 if action == 0 else 5.0 * end, bool(action == 0 or end), False, {}
+
+
+class Tell(BoxTask):
+    """The best action is 0.5, and each step pays what the square of the distance to it leaves of 1."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, 1.0 - float(np.square(action[0] - 0.5)), *rest  # type: ignore[return-value]
+
+
+# The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So
+# the value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
 LIMIT = 5
 if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second time, to look for doctests in it
     gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
@@ -88,5 +111,5 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
     gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
     gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
-    for kind in (NaNObservation, InfiniteReward, Chance, Raises, DiscreteObservation, ManyActions):
+    for kind in (NaNObservation, InfiniteReward, Chance, Chain, Tell, Raises, DiscreteObservation, ManyActions):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")
