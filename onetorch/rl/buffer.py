@@ -11,9 +11,12 @@ Memory: float observations lie with all else of their transition in one row of f
 seen and A done, 172 MB for a million transitions of HalfCheetah. Images (uint8) are kept once and not twice: what a step reached is what the next one of the
 same environment began with, and only where a time limit cut the episode is it kept beside. That is the image and 4 (A + 3) bytes:
 7.1 GB for a million of 84 x 84.
+
+`PrioritizedReplay` draws each transition in proportion to a priority (Schaul et al. 2016, arXiv:1511.05952), from a tree of sums.
 """
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +151,26 @@ class Replay:
                     next_obs[i] = self.final[place]
         return self.image.index_select(0, here), next_obs
 
+    def gather_n(self, rows: Tensor, n: int, gamma: float) -> tuple[Batch, Tensor]:
+        """The transitions in `rows` (B,), each over its next n steps (Sutton 1988; Watkins 1989), and the discount (B,) of the value that follows.
+
+        The reward is R = r_t + gamma r_{t+1} + … + gamma^(k-1) r_{t+k-1}; next_obs, terminated and truncated are those of step t+k-1; the discount is gamma^k.
+        k is n, or less where the episode ended or was cut off before, or where the next step has not been taken yet: what is added up is always true.
+        """
+        if n == 1:
+            return self.gather(rows), torch.full((len(rows),), gamma, device=rows.device)
+        ahead = self.num_envs * torch.arange(n, device=rows.device).unsqueeze(1)
+        window = (rows + ahead) % self.capacity  # (n, B)
+        reward, *_, terminated, truncated = self.rows.index_select(0, window.flatten()).split(self.widths, dim=1)[1 if self.image is not None else 2 :]
+        over = torch.logical_or(terminated, truncated).view(n, -1)
+        taken = ahead <= self.age(rows)
+        taken[1:] &= ~over.cummax(0).values[:-1]
+        discounts = gamma ** torch.arange(n, device=rows.device, dtype=torch.float32).unsqueeze(1)
+        k = taken.sum(0)
+        first, last = self.gather(rows), self.gather(window.gather(0, (k - 1).unsqueeze(0)).squeeze(0))
+        batch = Batch(first.obs, first.act, (taken * discounts * reward.view(n, -1)).sum(0), last.next_obs, last.terminated, last.truncated)
+        return batch, gamma ** k.float()
+
     def state_dict(self) -> dict[str, Any]:
         """What has been added, without copying it."""
         state: dict[str, Any] = {"count": self.count, "rows": self.rows[: len(self)]}
@@ -165,3 +188,92 @@ class Replay:
         if self.image is not None:
             self.image[: len(state["image"])] = state["image"]
             self.final = {int(k): v.clone() for k, v in state["final"].items()}
+
+
+class SumTree:
+    """`size` numbers >= 0, float64, of which one is drawn in proportion to itself, in O(log size): a tree whose nodes hold the sums of their 64 children."""
+
+    WIDTH = 64
+
+    def __init__(self, size: int, device: str | torch.device = "cpu") -> None:
+        self.levels: list[Tensor] = []  # from the leaves, each (nodes, 64), to the root, (1, 64)
+        while not self.levels or size > 1:
+            size = -(-size // self.WIDTH)
+            self.levels.append(torch.zeros(size, self.WIDTH, dtype=torch.float64, device=device))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.levels[0].view(-1)[index]
+
+    def __setitem__(self, index: Tensor, values: Tensor) -> None:
+        self.levels[0].view(-1)[index] = values
+        for level, above in pairwise(self.levels):
+            index = index // self.WIDTH
+            above.view(-1)[index] = level[index].sum(1)  # added up anew: no rounding error stays
+
+    def total(self) -> Tensor:
+        return self.levels[-1].sum()
+
+    def find(self, u: Tensor) -> Tensor:
+        """For u (B,) float64 in [0, 1): the first index whose cumulative sum is above u times the total; never one whose number is 0."""
+        node = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+        left = u * self.total()
+        for level in reversed(self.levels):
+            sums = level[node].cumsum(1)
+            # Rounding must not lead beyond the last child that has any.
+            left = torch.minimum(left, sums[:, -1] * (1 - 2**-50)).unsqueeze(1)
+            child = (sums <= left).sum(1, keepdim=True)
+            left = (left - torch.where(child > 0, sums.gather(1, (child - 1).clamp(min=0)), 0.0)).squeeze(1)
+            node = node * self.WIDTH + child.squeeze(1)
+        return node
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"levels": self.levels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for level, saved in zip(self.levels, state["levels"], strict=True):
+            level.copy_(saved)
+
+
+class PrioritizedReplay(Replay):
+    """A Replay that draws transition i with chance P(i) = p_i^alpha / sum_k p_k^alpha (Schaul et al. 2016).
+
+    p_i is what `prioritize` last said of it, |TD error| + 1e-6; a new transition has the greatest so far, so that each is seen soon. alpha 0 draws uniformly.
+    """
+
+    def __init__(self, capacity: int, obs_shape: tuple[int, ...], act_shape: tuple[int, ...] = (), *, alpha: float, **options: Any) -> None:
+        super().__init__(capacity, obs_shape, act_shape, **options)
+        self.alpha = alpha
+        self.tree = SumTree(self.capacity, self.rows.device)
+        self.greatest = torch.ones((), dtype=torch.float64, device=self.rows.device)  # p^alpha
+
+    def add(self, obs: Tensor, act: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        at = self.count % self.capacity
+        super().add(obs, act, reward, next_obs, terminated, truncated)
+        self.tree[torch.arange(at, at + self.num_envs, device=self.rows.device)] = self.greatest
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Rows (batch,) int64, one of each of `batch` ranges of equal mass, as in the paper's appendix B.2.1."""
+        if not self.count:
+            raise ValueError("the replay memory is empty: add transitions before you sample")
+        u = torch.rand(batch, dtype=torch.float64, generator=generator, device=self.rows.device)
+        return self.tree.find((u + torch.arange(batch, device=u.device)) / batch)
+
+    def weights(self, rows: Tensor, beta: float) -> Tensor:
+        """w_i = (N P(i))^-beta, divided by the greatest of the batch: (B,) float32, what undoes the bias of drawing `rows` by priority; wholly at beta = 1."""
+        chance = self.tree[rows] / self.tree.total()
+        weight = (len(self) * chance) ** -beta
+        return (weight / weight.max()).float()
+
+    def prioritize(self, rows: Tensor, td_error: Tensor) -> None:
+        """Give the transitions in `rows` (B,) the priorities |td_error| + 1e-6, td_error (B,)."""
+        priority = (td_error.abs().double() + 1e-6) ** self.alpha
+        self.greatest = torch.maximum(self.greatest, priority.max())
+        self.tree[rows] = priority
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"tree": self.tree.state_dict(), "greatest": self.greatest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.tree.load_state_dict(state["tree"])
+        self.greatest = state["greatest"].clone()
