@@ -16,64 +16,8 @@ import torch
 
 from onetorch.rl import envs
 from onetorch.rl.env_groups import Worker
-from onetorch.rl.envs import ActionMap, CartPole
+from onetorch.rl.envs import ActionMap
 from onetorch.runs.errors import RunError, UsageError
-
-
-def balance(obs: torch.Tensor) -> torch.Tensor:
-    """A controller that keeps the pole up for more than 500 steps."""
-    return (obs @ torch.tensor([0.05, 0.2, 1.0, 0.4]) > 0).long()
-
-
-def test_cartpole_has_the_bits_of_gymnasium() -> None:
-    N = 6
-    ours, theirs = CartPole(N, seed=3), [gymnasium.make("CartPole-v1") for _ in range(N)]
-    rng = np.random.default_rng(0)
-
-    def take_over(i: int) -> None:
-        theirs[i].reset(seed=0)
-        theirs[i].unwrapped.state = ours.state[:, i].copy()  # type: ignore[attr-defined]
-
-    for i in range(N):
-        take_over(i)
-    ends = {"terminated": 0, "truncated": 0}
-    for _ in range(1100):
-        act = balance(ours.obs)
-        act[:3] = torch.from_numpy(rng.integers(0, 2, 3))
-        next_obs, reward, terminated, truncated = ours.step(act)
-        for i, env in enumerate(theirs):
-            obs, r, term, trunc, _ = env.step(int(act[i]))
-            assert next_obs[i].numpy().tobytes() == obs.tobytes()
-            assert (reward[i].item(), terminated[i].item(), truncated[i].item()) == (r, term, trunc)
-            if term or trunc:
-                ends["terminated" if term else "truncated"] += 1
-                take_over(i)
-    assert ends["terminated"] > 50
-    assert ends["truncated"] == 6  # three environments, twice 500 steps
-    assert ours.episodes.recent.count(500.0) == 6
-    assert ours.episodes.finished == sum(ends.values())
-
-
-def test_cartpole_begins_uniformly_between_plus_and_minus_a_twentieth() -> None:
-    obs = CartPole(50_000, seed=0).obs
-    assert obs.abs().max().item() <= 0.05
-    torch.testing.assert_close(obs.mean(0), torch.zeros(4), atol=6e-4, rtol=0)  # 4 standard errors: 0.1 / sqrt(12) / sqrt(50000) * 4
-    torch.testing.assert_close(obs.std(0), torch.full((4,), 0.1 / 12**0.5), atol=3e-4, rtol=0)
-
-
-def test_cartpole_agrees_with_the_gymnasium_backend() -> None:
-    """The same policy lives as long in both (they draw different beginnings)."""
-
-    def mean_length(backend: str) -> float:
-        batch = envs.make("CartPole-v1", 16, 0, backend)
-        rng = torch.Generator().manual_seed(0)
-        for _ in range(600):
-            batch.step(torch.randint(2, (16,), generator=rng))
-        assert batch.episodes.finished > 300
-        return batch.episodes.mean_return() or 0.0
-
-    assert mean_length("native") == pytest.approx(22.2, abs=4)  # random play lasts 22.2 steps, with a standard deviation of 12 an episode
-    assert mean_length("sync") == pytest.approx(22.2, abs=4)
 
 
 def play(batch: envs.Envs, steps: int, seed: int) -> list[torch.Tensor]:
@@ -90,7 +34,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 SYNC = [(env, "sync") for env in ("CartPole-v1", "Pendulum-v1", "Noisy-v0")]
-CASES = [("CartPole-v1", "native"), *SYNC, ("Noisy-v0", "processes"), ("HalfCheetah-v5", "processes")]
+CASES = [*SYNC, ("Noisy-v0", "processes"), ("HalfCheetah-v5", "processes")]
 
 
 @pytest.mark.parametrize(("env", "backend"), CASES)
