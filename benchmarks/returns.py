@@ -5,13 +5,14 @@
     python benchmarks/returns.py --table                                    the table of what is there
 
 A run is `onetorch train RECIPE --env ENV --total_steps N --seed S` in a process of its own pinned to one core, RECIPE being the tuned one for that environment
-where there is one (`ppo-halfcheetah`), else the algorithm's name. What it earns is what `train` measures at its end: the mean undiscounted return of 20 episodes
-in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number, its command,
+where there is one (`ppo-halfcheetah`), else the algorithm's name. What it earns is what `train` measures at its end: the mean undiscounted return of 20
+episodes in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number, its command,
 the config, the seconds and the curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, so this can
 be stopped and continued, and several can work on different cells. A cell's number is the mean over its seeds with a 95 % interval by Student's t.
 
 Targets are this project's own. Published figures: `zoo` is RL Baselines3 Zoo's benchmark.md, one run each, tuned, deterministic, of the older environments of
-the same names (v3 for MuJoCo, LunarLander-v2); `spinup` are read off the curves of Spinning Up's benchmarks page (PyTorch's where it has them).
+the same names (v3 for MuJoCo, LunarLander-v2); `spinup` is about what the curves on Spinning Up's benchmarks page show
+at a million steps of HalfCheetah-v3.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def train(cell: Cell, seed: int) -> dict[str, Any]:
 def table() -> list[str]:
     from onetorch.rl.evaluation import interval
 
-    lines = ["| algorithm | environment | steps | return, mean of seeds ± 95 % | seeds | CPU-s a run | target | published |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| algorithm | environment | steps | return, mean of seeds ± 95 % | seeds | CPU-s a run | target | published |", "|---" * 8 + "|"]
     for cell in CELLS:
         found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{cell.name}-s*.json"))]
         reached, seconds, met = "", "", ""
@@ -124,7 +125,8 @@ def table() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="cells as ALGORITHM:ENV, or ALGORITHM")
-    parser.add_argument("--seeds", type=int, help="seeds 0, 1, … of each cell (default: 10 where a run is short, 3 where it is long)")
+    parser.add_argument("--seeds", type=int, help="so many seeds of each cell (default: 10 where a run is short, 3 where it is long)")
+    parser.add_argument("--first", type=int, default=0, help="the first of them (default 0), so that several can share a cell")
     parser.add_argument("--steps", type=int, help="environment steps in the place of the cells' own")
     parser.add_argument("--core", type=int, help="core to pin to (default: the first allowed)")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so long")
@@ -139,7 +141,7 @@ def main() -> int:
         FOLDER.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 3600 * options.hours
         for cell in chosen:
-            for seed in range(options.seeds or cell.seeds):
+            for seed in range(options.first, options.first + (options.seeds or cell.seeds)):
                 path = FOLDER / f"{cell.name}-s{seed}.json"
                 if path.exists() or time.monotonic() > deadline:
                     continue
