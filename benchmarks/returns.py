@@ -6,9 +6,9 @@
 
 A run is `onetorch train RECIPE --env ENV --total_steps N --seed S` in a process of its own pinned to one core, RECIPE being the tuned one for that environment
 where there is one (`ppo-halfcheetah`), else the algorithm's name. What it earns is what `train` measures at its end: the mean undiscounted return of 20
-episodes in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number, its command,
-the config, the seconds and the curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, so this can
-be stopped and continued, and several can work on different cells. A cell's number is the mean over its seeds with a 95 % interval by Student's t.
+episodes in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number,
+its command, config, seconds and curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, so
+this can be stopped and continued, and several can work on different cells. A cell's number is the mean over its seeds with a 95 % interval by Student's t.
 
 Targets are this project's own. Published figures: `zoo` is RL Baselines3 Zoo's benchmark.md, one run each, tuned, deterministic, of the older environments of
 the same names (v3 for MuJoCo, LunarLander-v2); `spinup` is about what the curves on Spinning Up's benchmarks page show
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve()
+sys.path.insert(0, str(HERE.parent.parent))  # the onetorch beside this file, as in the runs that it starts
 FOLDER = HERE.parent / "results" / "returns"
 POINTS = 60  # of a curve that are kept
 
