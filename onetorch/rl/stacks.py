@@ -53,7 +53,7 @@ class _Pass(torch.autograd.Function):
         hidden, out = torch.empty(count * B * sum(stack.sizes[1:-1])), torch.empty(count, B, stack.sizes[-1])
         ctx.shape = (int(stack.dtype == "bfloat16"), count, B, len(stack.sizes) - 1, (ctypes.c_int64 * len(stack.sizes))(*stack.sizes))
         ctx.save_for_backward(x, flat, hidden)
-        ctx.widest = max(stack.sizes)
+        ctx.widest, ctx.whole = max(stack.sizes), count == (stack.count or 1)
         lib.onetorch_mlp_forward(*ctx.shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -63,9 +63,11 @@ class _Pass(torch.autograd.Function):
         lib = library()
         assert lib is not None
         x, flat, hidden = ctx.saved_tensors
-        grad_x, grad_flat = (torch.empty_like(t) if wanted else None for t, wanted in zip((x, flat), ctx.needs_input_grad, strict=False))
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_flat = (torch.empty_like if ctx.whole else torch.zeros_like)(flat) if ctx.needs_input_grad[1] else None
         work = torch.empty(2, len(x), ctx.widest)
-        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad.contiguous(), grad_flat, grad_x, work)]
+        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad, grad_flat, grad_x, work)]
         lib.onetorch_mlp_backward(*ctx.shape, *pointers, torch.get_num_threads())
         return grad_x, grad_flat, None, None
 
