@@ -257,6 +257,22 @@ class Faulty(Task):
         return None  # "none"
 
 
+class Payday(Task):
+    """One step, which pays the number of the action: 0, 1 or 2."""
+
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), float(action), True, False, {}
+
+
+class Target(BoxTask):
+    """One step, which pays 1 - (a - 0.5)^2."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), 1 - (float(action[0]) - 0.5) ** 2, True, False, {}
+
+
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
 # value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
 LIMIT = 5
@@ -271,5 +287,5 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     for fault in FAULTS:
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
-    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell):
+    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")
