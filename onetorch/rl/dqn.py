@@ -153,7 +153,7 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
 
 
 @torch.no_grad()
-def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor, double: bool) -> Tensor:
+def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor | float, double: bool) -> Tensor:
     """y = r + discount (1 - terminated) Q_target(s', a*) (B,), a* = argmax_a Q_target(s', a), or with `double` argmax_a Q(s', a); `discount` is gamma^k."""
     q = target(batch.next_obs)
     value = q.gather(1, model(batch.next_obs).argmax(1, keepdim=True)).squeeze(1) if double else q.amax(1)
@@ -176,11 +176,10 @@ def explore(config: Config, state: State, epsilon: float, run: Run) -> None:
         run.phase("replay")
 
 
-def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, float]:
-    """A round of gradient steps. Returns what was seen in the last of them, before its step."""
-    model, replay = state.model, state.replay
-    params: list[Tensor] = list(model.parameters())
-    target_params: list[Tensor] = list(state.target.parameters())
+def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Tensor]:
+    """A round of gradient steps. Returns what was seen in the last of them, before its step: loss and grad_norm (), q and y (B,)."""
+    model, replay, optimizer = state.model, state.replay, state.optimizer
+    params = optimizer.param_groups[0]["params"]
     for _ in range(config.updates):
         rows = replay.draw(config.batch_size, state.generator)
         batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
@@ -191,17 +190,20 @@ def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, floa
             replay.prioritize(rows, q.detach() - y)
         else:
             loss = F.smooth_l1_loss(q, y)
-        state.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        grads = [p.grad for p in params]
+        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         run.finite(loss=loss, grad_norm=grad_norm)
-        state.optimizer.step()
+        if grad_norm > config.max_grad_norm:
+            torch._foreach_mul_(grads, config.max_grad_norm / grad_norm)
+        optimizer.step()
         state.updates += 1
         if state.updates % config.target_every == 0:
             with torch.no_grad():
-                torch._foreach_lerp_(target_params, params, config.tau)
+                torch._foreach_lerp_(list(state.target.parameters()), params, config.tau)
     run.phase("update")
-    return {"loss": loss.item(), "q": q.mean().item(), "td_error": (q - y).abs().mean().item(), "grad_norm": grad_norm.item()}
+    return {"loss": loss.detach(), "q": q.detach(), "y": y, "grad_norm": grad_norm}
 
 
 def train(config: Config, run: Run) -> QNet:
@@ -231,10 +233,13 @@ def train(config: Config, run: Run) -> QNet:
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
         epsilon = 1 + (config.epsilon - 1) * fallen if step > config.learning_starts else 1.0
         explore(config, state, epsilon, run)
-        losses = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.learning_starts else {}
+        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.learning_starts else {}
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:
             episodes = state.envs.episodes
-            run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, epsilon=epsilon, updates=state.updates, **losses)
+            if seen:
+                q, y = seen.pop("q"), seen.pop("y")
+                seen |= {"q": q.mean(), "td_error": (q - y).abs().mean()}
+            run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, epsilon=epsilon, updates=state.updates, **seen)
         run.checkpoint(state)
         run.phase("logging")
     state.envs.close()
