@@ -5,8 +5,8 @@
 Both train the same: two hidden layers of 64, batches of 32, one gradient step for every 4 environment steps from step 100 on, a replay memory of a million, a
 copy of the target every 2,500 gradient steps, Adam at 1e-4. Ours steps 4 environments at once between two gradient steps; a second row steps one, as
 stable-baselines3 does. In turn (ours, ours with one environment, theirs, …), each in a process of its own; the clock starts with the training and stops after
---steps environment steps; imports (which for torch's optimizers come with the first of them) and the speed plan's measuring are left out. Prints a row each, writes benchmarks/results/dqn_speed.json, and exits with 1 where
-the median of the ratios of neighbours, in CPU seconds, is below the target.
+--steps environment steps; imports (which for torch's optimizers come with the first of them) and the speed plan's measuring are left out. Prints a row each,
+writes benchmarks/results/dqn_speed.json, and exits with 1 where the median of the ratios of neighbours, in CPU seconds, is below the target.
 """
 
 import argparse
