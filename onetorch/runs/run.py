@@ -31,7 +31,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from onetorch.runs import checkpoint, folder, plan, provenance, sealed, state, trust
+from onetorch.runs import checkpoint, folder, peak, plan, provenance, sealed, state, trust
 from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.progress import Progress, clock
@@ -114,6 +114,8 @@ class Run:
         self._written = hashlib.sha256()  # of metrics.jsonl so far
         self._retiring: threading.Thread | None = None
         self._last_step: int | None = None
+        self._logged = 0.0  # when the last row was, or the loop began
+        self._peak: float | None = None
         self._phases: dict[str, float] = {}  # seconds of this process's loop
         self._loop = (0.0, 0.0)  # when the loop began and ended, on the clock of perf_counter
         self.first = 0  # iterations that were done when this process's loop began
@@ -381,6 +383,7 @@ class Run:
         self._write_record()  # whoever looks at the folder sees how far there is to go
         self._start_signals()
         self._looping = True
+        self._logged = time.perf_counter()
         self._phases = {}
         self._loop = (time.perf_counter(), math.inf)
         try:
@@ -400,8 +403,13 @@ class Run:
             self._progress.close()
             self._progress = None
 
-    def log(self, step: int, **values: Any) -> None:
-        """One row of metrics at `step` (a whole number that never falls). None is left out. ValueError for NaN, infinity or what is no number or text."""
+    def log(self, step: int, *, flops: float | None = None, **values: Any) -> None:
+        """One row of metrics at `step` (a whole number that never falls). None is left out. ValueError for NaN, infinity or what is no number or text.
+
+        With `flops`, the floating point operations that the model's mathematics needed since the last row, the row ends with `mfu`: the model-FLOPs utilisation
+        (Chowdhery et al. 2022), the share of them in what matrix products reach on this machine (`peak`) in the wall-clock time since that row, everything
+        included.
+        """
         if type(step) is not int:
             raise ValueError(f"log: step must be an int, got {step!r}")
         if self._last_step is not None and step < self._last_step:
@@ -423,8 +431,11 @@ class Run:
                     except (AttributeError, RuntimeError, ValueError) as error:
                         raise ValueError(f"log: {name} must be one number or a text, got {value!r}") from error
             row[name] = value
-        if "seconds" in values or "cpu_seconds" in values:
-            raise ValueError("log: 'seconds' and 'cpu_seconds' are written by the run; call yours otherwise")
+        if not values.keys().isdisjoint(folder.TIMES):
+            raise ValueError(f"log: {', '.join(folder.TIMES)} are written by the run; call yours otherwise")
+        if flops is not None:
+            row["mfu"] = round(flops / self._peak_flops() / (now - self._logged), 6)
+        self._logged = time.perf_counter()
         try:
             text = json.dumps(row, allow_nan=False)
         except TypeError as error:
@@ -443,6 +454,13 @@ class Run:
                     self._shown[name] = row[name]
         if now - self._flushed > FLUSH_SECONDS:
             self._flush()
+
+    def _peak_flops(self) -> float:
+        if self._peak is None:
+            chosen, begin = self.record["plan"], time.perf_counter()
+            self._peak = peak.peak(chosen.get("dtype", "float32"), torch.get_num_threads(), chosen.get("device", "cpu"))
+            self.say(f"peak: {self._peak / 1e9:,.0f} GFLOP/s in matrix products, found in {time.perf_counter() - begin:.1f} s")
+        return self._peak
 
     def phase(self, name: str) -> None:
         """What was done since the last such line, or since the step began, was `name`: "environment", "action", "update", "logging" or what fits.

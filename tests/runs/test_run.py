@@ -56,7 +56,7 @@ def outcome(where: Path) -> tuple[Any, ...]:
     assert found is not None
     assert damaged == []
     tensors = {k: v.tolist() for k, v in {**found.model, **found.state}.items() if not k.startswith("generators.numpy")}
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in folder.rows(where)]
+    rows = [{k: v for k, v in row.items() if k not in folder.TIMES} for row in folder.rows(where)]
     return found.step, tensors, found.record["state"]["fields"], rows
 
 
