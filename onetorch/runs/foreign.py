@@ -12,7 +12,6 @@ Quantities that ours log too get our names (`NAMES`), all others keep their own.
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -100,7 +99,7 @@ def read(path: Path) -> Entry:
     if "seed" not in config and seed is not None:
         config["seed"] = seed
     seconds = max(float(c.seconds[-1]) for c in columns.values())
-    record = {name: {} for name in ("result", "progress", "versions", "hardware", "plan")} | {"git": None, "recipe": maker, "cost": {"seconds": seconds}}
+    record: dict[str, Any] = {part: {} for part in ("result", "progress", "versions", "hardware", "plan")} | {"git": None, "recipe": maker, "cost": {"seconds": seconds}}
     return Entry(path.resolve(), record, "done", config, columns)
 
 

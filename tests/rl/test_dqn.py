@@ -66,18 +66,31 @@ def test_targets_by_hand() -> None:
 
 def test_dueling_is_a_value_and_what_an_action_adds_to_it() -> None:
     torch.manual_seed(0)
-    net = dqn.QNet(Spaces(obs_dim=3, act_dim=4, discrete=True), (8, 5), "tanh", dueling=True)
-    assert net.value is not None
+    net = dqn.QNet(Spaces(obs_dim=3, act_dim=4, discrete=True), (8, 5), dueling=True)
     obs = torch.randn(6, 3)
-    q, value = net(obs), net.value(net.body(obs))
-    torch.testing.assert_close(q.mean(1, keepdim=True), value)
+    q, out = net(obs), net.head(obs)
+    torch.testing.assert_close(q.mean(1), out[:, 0])  # V, whatever the advantages
+    torch.testing.assert_close(q - q.mean(1, keepdim=True), out[:, 1:] - out[:, 1:].mean(1, keepdim=True))
     # what is added to every advantage alike changes nothing: only V can say how good a state is
-    last = net.advantage[-1]
-    assert isinstance(last, nn.Linear)
-    last.bias.data += 3.0
+    bias = net.head.split(net.head.flat.detach())[-1]
+    bias[1:] += 3.0
     torch.testing.assert_close(net(obs), q)
-    last.bias.data += torch.tensor([4.0, 0, 0, 0])
-    torch.testing.assert_close(net(obs), q + torch.tensor([3.0, -1, -1, -1]))
+    bias += torch.tensor([2.0, 4.0, 0, 0, 0])
+    torch.testing.assert_close(net(obs), q + 2 + torch.tensor([3.0, -1, -1, -1]))
+
+
+@pytest.mark.parametrize(("image", "obs_dim"), [((1, 10, 12), 0), ((4, 84, 84), 0), ((1, 8, 9), 3 + 72)])
+def test_pictures_are_seen(image: tuple[int, int, int], obs_dim: int) -> None:
+    net = dqn.QNet(Spaces(obs_dim, act_dim=3, discrete=True, image=image), (8,), dueling=False)
+    pixels = torch.randint(256, (2, *image), dtype=torch.uint8)
+    obs = torch.cat((torch.randn(2, 3), pixels.float().flatten(1)), 1) if obs_dim else pixels
+    q = net(obs)
+    seen = net.body(pixels.float() / 255)
+    torch.testing.assert_close(q, net.head(torch.cat((obs[:, :3], seen), 1) if obs_dim else seen))
+    q.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+    if image == (4, 84, 84):  # Mnih et al.: 3,136 numbers are left
+        assert net.head.sizes[0] == 3136
 
 
 def linear(config: dqn.Config, folder: Path) -> tuple[dqn.State, Run]:
@@ -88,9 +101,7 @@ def linear(config: dqn.Config, folder: Path) -> tuple[dqn.State, Run]:
     for act, reward in ((0, 0.0), (1, 1.0), (1, 4.0)):
         state.replay.add(torch.ones(1, 1), torch.tensor([act]), torch.tensor([reward]), torch.ones(1, 1), no, no)
     for net in (state.model, state.target):
-        layer = net.advantage[0]
-        assert isinstance(layer, nn.Linear)
-        layer.weight.data, layer.bias.data = torch.tensor([[1.0], [2.0]]), torch.tensor([0.5, 0.0])
+        net.head.load_state_dict({"0.weight": torch.tensor([[1.0], [2.0]]), "0.bias": torch.tensor([0.5, 0.0])})
     return state, Run(folder, config, quiet=True)
 
 
@@ -103,10 +114,9 @@ def test_loss_and_gradient_by_hand(tmp_path: Path) -> None:
     assert seen["loss"].item() / (0.125 + 2.5) == third
     assert (seen["q"] - seen["y"]).abs().mean().item() / 3.5 == third
     # the gradient of Huber's loss is the error, at most 1: 0.5 / 3 for action 0, -1 / 3 for action 1; of weight and bias alike, as the observation is 1
-    grads = [p.grad.flatten().tolist() for p in state.model.parameters() if p.grad is not None]
-    assert len(grads) == 2
-    for grad in grads:
-        assert grad == pytest.approx([0.5 / 3, -1 / 3], rel=0.03)
+    assert state.model.head.flat.grad is not None
+    for grad in state.model.head.split(state.model.head.flat.grad):
+        assert grad.flatten().tolist() == pytest.approx([0.5 / 3, -1 / 3], rel=0.03)
     assert seen["grad_norm"].item() == pytest.approx(math.sqrt(2 * (0.25 + 1) / 9), rel=0.03)
 
 
@@ -161,8 +171,30 @@ class Corridor(gymnasium.Env):
         return self.look(), reward, self.cell in (5, -1), False, {}
 
 
+class Picture(gymnasium.Env):
+    """One half of the picture is bright, and pays 1 for the action of its side; another follows, or the end with chance 1/10."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.look(), {}
+
+    def look(self) -> Any:
+        self.side = int(self.np_random.integers(2))
+        picture = self.np_random.integers(0, 100, (8, 8), np.uint8)
+        picture[:, 4 * self.side : 4 * self.side + 4] += 100
+        return picture
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.side)
+        return self.look(), reward, bool(self.np_random.random() < 0.1), False, {}
+
+
 if "Corridor-v0" not in gymnasium.registry:
     gymnasium.register("Corridor-v0", entry_point=Corridor)
+    gymnasium.register("Picture-v0", entry_point=Picture, max_episode_steps=20)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +211,16 @@ def test_finds_the_values_of_a_known_task(tmp_path: Path, options: dict[str, Any
     model, _ = train(tmp_path / "run", config)
     with torch.no_grad():
         assert (model(torch.eye(5)) - known).abs().max() < 0.02
+
+
+def test_learns_from_pictures(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, env="Picture-v0", total_steps=512, epsilon=1.0, gamma=0.0, updates=16, buffer_size=512)
+    model, _ = train(tmp_path / "run", config)
+    env = Picture()
+    env.reset(seed=1)
+    seen = [(env.look(), env.side) for _ in range(50)]
+    best = model(torch.stack([torch.from_numpy(picture).unsqueeze(0) for picture, _ in seen])).argmax(1)
+    assert best.tolist() == [side for _, side in seen]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -216,6 +258,7 @@ RESUMED = {
     "plain": SMALL,
     "all options": dataclasses.replace(SMALL, double=True, dueling=True, n_step=3, priority=0.6, tau=0.1, target_every=1, hidden=(16, 8)),
     "gymnasium": dataclasses.replace(SMALL, env="Noisy-v0", n_step=2, priority=0.5),
+    "pictures": dataclasses.replace(SMALL, env="Picture-v0", n_step=2, dueling=True),
 }
 CHILD = """
 import sys
