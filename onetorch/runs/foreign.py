@@ -12,6 +12,7 @@ Quantities that ours log too get our names (`NAMES`), all others keep their own.
 
 import csv
 import io
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from onetorch.runs import folder
 from onetorch.runs.compare import CLOCKS, Column, Entry
 from onetorch.runs.errors import RunError, UsageError
 
@@ -99,7 +99,8 @@ def read(path: Path) -> Entry:
     if "seed" not in config and seed is not None:
         config["seed"] = seed
     seconds = max(float(c.seconds[-1]) for c in columns.values())
-    record: dict[str, Any] = {part: {} for part in ("result", "progress", "versions", "hardware", "plan")} | {"git": None, "recipe": maker, "cost": {"seconds": seconds}}
+    record: dict[str, Any] = {part: {} for part in ("result", "progress", "versions", "hardware", "plan")}
+    record |= {"git": None, "recipe": maker, "cost": {"seconds": seconds}}
     return Entry(path.resolve(), record, "done", config, columns)
 
 
@@ -118,10 +119,13 @@ def _name(name: str) -> tuple[str, int | None]:
 
 def _config(path: Path) -> dict[str, Any]:
     """Spinning Up's config.json without what it says of places and objects of its own process."""
-    if not (path / "config.json").exists():
-        return {}
+    file = path / "config.json"
+    try:
+        whole = json.loads(file.read_bytes()) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged (not JSON: {error}); without it the log is read by the folder's name alone") from error
     config: dict[str, Any] = {}
-    stack = [("", folder.read_json(path / "config.json"))]
+    stack = [("", whole)] if isinstance(whole, dict) else []
     while stack:
         prefix, values = stack.pop()
         for name, value in values.items():
