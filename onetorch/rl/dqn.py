@@ -55,8 +55,8 @@ class Config:
     seed: int = 0  # of weights, exploration, samples and environments
     total_steps: int = 50_000  # environment steps, all environments together
     num_envs: int = 8  # N, environments stepped together
-    buffer_size: int = 100_000  # transitions kept
-    learning_starts: int = 1000  # environment steps before the first update
+    replay: int = 100_000  # transitions remembered
+    update_after: int = 1000  # environment steps before the first update
     update_every: int = 256  # environment steps between two rounds of updates
     updates: int = 128  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
@@ -75,7 +75,7 @@ class Config:
     hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "buffer_size", "update_every", "updates", "batch_size", "target_every", "n_step"):
+        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "max_grad_norm"):
@@ -86,12 +86,12 @@ class Config:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be above 0 and at most 1, got {self.tau}")
-        if self.learning_starts < 0:
-            raise ValueError(f"learning_starts must be at least 0, got {self.learning_starts}")
+        if self.update_after < 0:
+            raise ValueError(f"update_after must be at least 0, got {self.update_after}")
         if self.update_every % self.num_envs:
             raise ValueError(f"num_envs must divide update_every = {self.update_every}, got {self.num_envs}")
-        if self.buffer_size < self.num_envs * self.n_step:
-            raise ValueError(f"buffer_size must be at least num_envs * n_step = {self.num_envs * self.n_step}, got {self.buffer_size}")
+        if self.replay < self.num_envs * self.n_step:
+            raise ValueError(f"replay must be at least num_envs * n_step = {self.num_envs * self.n_step}, got {self.replay}")
         if not all(width > 0 for width in self.hidden):
             raise ValueError(f"hidden must be widths above 0, got {self.hidden}")
 
@@ -112,6 +112,10 @@ class QNet(nn.Module):
             self.pixels = C * H * W
             inputs = max(inputs - self.pixels, 0) + self.body(torch.zeros(1, C, H, W)).shape[1]
         self.head = Stack(None, (inputs, *hidden, spaces.act_dim + dueling))
+
+    def act(self, obs: Tensor, noise: None = None) -> Tensor:
+        """The best actions (B,) at obs; there is nothing to draw."""
+        return self(obs).argmax(1)
 
     def forward(self, obs: Tensor) -> Tensor:
         if self.image:
@@ -157,7 +161,7 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
     model = build(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     envs = environments.make(config.env, config.num_envs, config.seed, backend)
-    shape: tuple[Any, ...] = (config.buffer_size, envs.spaces.obs_shape)
+    shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
     replay = PrioritizedReplay(*shape, alpha=config.priority, **kinds) if config.priority else Replay(*shape, **kinds)
     target = copy.deepcopy(model).requires_grad_(False)
@@ -196,14 +200,17 @@ def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]
         rows = replay.draw(config.batch_size, state.generator)
         batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
         y = td_target(model, state.target, batch, discount, config.double)
-        q = model(batch.obs).gather(1, batch.act.unsqueeze(1)).squeeze(1)
-        if isinstance(replay, PrioritizedReplay):
-            loss = (replay.weights(rows, beta) * F.smooth_l1_loss(q, y, reduction="none")).mean()
-            replay.prioritize(rows, q.detach() - y)
-        else:
-            loss = F.smooth_l1_loss(q, y)
+        act, values = batch.act.unsqueeze(1), model(batch.obs)
+        q = values.detach().gather(1, act).squeeze(1)
+        error = q - y
+        weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
+        loss = F.huber_loss(q, y, weight=weight)
+        # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
+        slope = error.clamp(-1, 1) / config.batch_size
         optimizer.zero_grad()
-        loss.backward()
+        values.backward(torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1)))
+        if isinstance(replay, PrioritizedReplay):
+            replay.prioritize(rows, error)
         grads = [p.grad for p in params]
         grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         run.finite(loss=loss, grad_norm=grad_norm)
@@ -215,13 +222,13 @@ def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]
             with torch.no_grad():
                 torch._foreach_lerp_(list(state.target.parameters()), params, config.tau)
     run.phase("update")
-    return {"loss": loss.detach(), "q": q.detach(), "y": y, "grad_norm": grad_norm}
+    return {"loss": loss, "q": q, "y": y, "grad_norm": grad_norm}
 
 
 def train(config: Config, run: Run) -> QNet:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # about an eighth of a round
         steps = max(1, config.update_every // config.num_envs // 8) * config.num_envs
-        part = replace(config, update_every=steps, updates=max(1, config.updates // 8), buffer_size=max(steps, config.num_envs * config.n_step))
+        part = replace(config, update_every=steps, updates=max(1, config.updates // 8), replay=max(steps, config.num_envs * config.n_step))
         trial = begin(part, choice["backend"], choice["device"])
 
         def work() -> None:
@@ -243,9 +250,9 @@ def train(config: Config, run: Run) -> QNet:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=config.update_every):
         step = state.iteration * config.update_every  # after this round
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
-        epsilon = 1 + (config.epsilon - 1) * fallen if step > config.learning_starts else 1.0
+        epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
         explore(config, state, epsilon, run)
-        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.learning_starts else {}
+        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.update_after else {}
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:
             episodes = state.envs.episodes
             if seen:

@@ -175,7 +175,7 @@ class ActionMap:
     def __call__(self, act: Tensor) -> np.ndarray:
         space: Any = self.space
         if isinstance(space, gymnasium.spaces.Box):
-            scaled = self.middle + act.numpy().reshape(-1, *space.shape) * self.half
+            scaled = self.middle + act.detach().numpy().reshape(-1, *space.shape) * self.half
             return np.clip(scaled, space.low, space.high).astype(space.dtype)
         start = getattr(space, "start", 0)  # MultiBinary has none
         return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)

@@ -23,7 +23,7 @@ from onetorch.runs.errors import NonFinite, UsageError
 from onetorch.runs.run import Run
 
 SMALL = dqn.Config(
-    total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, learning_starts=64, buffer_size=300, target_every=7, hidden=(16,), lr=1e-2
+    total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,), lr=1e-2
 )  # fmt: skip
 BACKENDS = {"CartPole-v1": "native"}
 
@@ -207,14 +207,14 @@ def test_finds_the_values_of_a_known_task(tmp_path: Path, options: dict[str, Any
     known = torch.tensor([[0.3 if s == 0 else gamma * value[s - 1], 1.0 if s == 4 else gamma * value[s + 1]] for s in range(5)])
     assert known.argmax(1).tolist() == [0, 1, 1, 1, 1]
     base = dataclasses.replace(SMALL, env="Corridor-v0", total_steps=1024, epsilon=1.0, gamma=gamma, hidden=(), updates=24, batch_size=64, target_every=25)
-    config = dataclasses.replace(base, **{"lr": 0.03, "buffer_size": 1024} | options)
+    config = dataclasses.replace(base, **{"lr": 0.03, "replay": 1024} | options)
     model, _ = train(tmp_path / "run", config)
     with torch.no_grad():
         assert (model(torch.eye(5)) - known).abs().max() < 0.02
 
 
 def test_learns_from_pictures(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, env="Picture-v0", total_steps=512, epsilon=1.0, gamma=0.0, updates=16, buffer_size=512)
+    config = dataclasses.replace(SMALL, env="Picture-v0", total_steps=512, epsilon=1.0, gamma=0.0, updates=16, replay=512)
     model, _ = train(tmp_path / "run", config)
     env = Picture()
     env.reset(seed=1)
@@ -233,7 +233,7 @@ def test_time_limit_is_not_taken_for_an_end(tmp_path: Path, n: int) -> None:
 
 
 def test_explores_less_and_less(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, total_steps=4000, update_every=40, epsilon=0.1, epsilon_fraction=0.5, learning_starts=500)
+    config = dataclasses.replace(SMALL, total_steps=4000, update_every=40, epsilon=0.1, epsilon_fraction=0.5, update_after=500)
     _, rows = train(tmp_path / "run", config)
     # it falls from 1 at 0 to 0.1 at 2000; a row tells of the round before it
     assert [row["step"] for row in rows] == [1000, 2000, 3000, 4000]
@@ -243,7 +243,7 @@ def test_explores_less_and_less(tmp_path: Path) -> None:
 
 
 def test_epsilon_is_the_share_of_random_actions(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, update_every=20_000, buffer_size=20_000)
+    config = dataclasses.replace(SMALL, update_every=20_000, replay=20_000)
     state = dqn.begin(config, "native")
     with Run(tmp_path / "run", config, quiet=True) as run:
         dqn.explore(config, state, 0.3, run)
@@ -331,7 +331,7 @@ def test_box_actions_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_envs", 7), ("num_envs", 0), ("buffer_size", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("target_every", 0)]
+    [("num_envs", 7), ("num_envs", 0), ("replay", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("target_every", 0)]
     + [("lr", 0.0), ("gamma", 1.5), ("tau", 0.0), ("epsilon", -0.1), ("epsilon_fraction", 2.0), ("priority", -1.0), ("beta", math.nan), ("hidden", (0,))],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:
