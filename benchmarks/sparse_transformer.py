@@ -3,8 +3,8 @@
     python benchmarks/sparse_transformer.py [--contexts 2048 4096] [--kinds …] [--seeds 2] [--steps 300] [--threads 1] [--data PATH] [--out FILE]
 
 The recipe `gpt` with another size, on the source of Python's standard library, the same number of steps and the same batches for every kind of attention; dense
-attention by the fastest way this machine has for it: the speed plan chooses between torch's fused one and our own over causal blocks. Each run is a
-process; the kinds take turns, seed by seed. The clocks run while training and stand while evaluating. All are evaluated on the same held-out windows of the same
+attention by the fastest way this machine has for it: the speed plan chooses between torch's fused one and our own over causal blocks. A run is a process;
+the kinds take turns, seed by seed. The clocks run while training and stand while evaluating. All are evaluated on the same held-out windows of that
 context. With one thread the ratios are of CPU seconds, which are wall-clock seconds on a quiet core and do not mind the neighbours; else of wall-clock.
 
 Two questions, answered for each sparse kind against dense attention with the same seed: after what share of dense attention's whole time has it reached, for
