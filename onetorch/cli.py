@@ -52,6 +52,7 @@ RUN_FLAGS = {
     "plan": "fix the speed plan or a part of it: name=value,name=value",
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
+    "nproc": "train in so many processes on this machine, each with a part of every batch (algorithms that can: gpt)",
     "from": "begin with the weights of a run, a model folder (path or URL), a .safetensors or a .pt file",
     "trust_code": TRUST_HELP,
 }
@@ -63,7 +64,7 @@ SWEEP_FLAGS = {
     "time_limit": RUN_FLAGS["time_limit"],
     "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
 }
-RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "trust_code")}
+RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "nproc", "trust_code")}
 SHARE_FLAGS = {
     "license": "the licence others get, as an SPDX identifier: MIT, Apache-2.0, CC-BY-4.0; without one nobody may use it unasked",
     "allow": "share these findings all the same: FILE or FILE:LINE, several",
@@ -534,7 +535,32 @@ def _pace(flags: Flags) -> dict[str, Any]:
     return {name: value for name, value in times.items() if value is not None}
 
 
+def _several_processes(flags: Flags) -> tuple[int, str | None, list[str]]:
+    """--nproc; what a process that we started was told (`launch`); and the flags for such a process, but for --dir, as words."""
+    words = [word for name, texts in flags.items() if name not in ("nproc", "dir") for word in (f"--{name}", *texts)]
+    count, worker = _one(flags, "nproc"), _one(flags, "worker")
+    if count is not None and not (count.isdigit() and int(count) > 0):
+        raise UsageError(f"--nproc: expected a number of processes, got {count!r}")
+    return int(count or 1), worker, words
+
+
+def _run_class(worker: str | None, where: str | None) -> tuple[type, int]:
+    """The class of this process's run, and how many processes work on it: as one of them it joins the others first."""
+    from onetorch.runs import distributed
+    from onetorch.runs.follower import Follower
+    from onetorch.runs.run import Run
+
+    if worker is None and distributed.dist.is_available() and distributed.dist.is_torchelastic_launched():
+        if not where:
+            raise UsageError("under torchrun every process must be told the same folder: give --dir")
+        worker = "torchrun"
+    if worker is not None:
+        distributed.join(worker)
+    return Follower if distributed.rank() else Run, distributed.world()
+
+
 def _train(positional: list[str], flags: Flags) -> int:
+    count, worker, again = _several_processes(flags)
     (trusted,) = _switches(positional, flags, "trust_code")
     target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
     where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
@@ -543,17 +569,24 @@ def _train(positional: list[str], flags: Flags) -> int:
     if _several(flags):
         made = _design(target, flags, fixed, where)
         if len(made.trials) > 1:
+            if count > 1:
+                raise UsageError("--nproc is for one run; the trials of a sweep have a process each (--slots says how many at a time)")
             if begin is not None:
                 raise UsageError("--from begins one run; a sweep's trials begin with the algorithm's own weights")
             return _run_sweep(made, **pace)
     resolved = _resolve(target, flags, _gate(trusted, False, trust.own_only))
     path = Path(where) if where else _free_folder(resolved.name)
-    if folder.holds_run(path):
+    if folder.holds_run(path) and worker is None:
         raise folder.refuse(path)
+    if count > 1:
+        from onetorch.runs import launch
+
+        return launch.launch(["train", target, *again, "--dir", str(path)], count)
 
     module = resolved.source.load()
-    from onetorch.runs import plan
-    from onetorch.runs.run import Run
+    from onetorch.runs import plan, provenance
+
+    Run, processes = _run_class(worker, where)
 
     weights, origin = None, None
     if begin is not None:
@@ -561,6 +594,7 @@ def _train(positional: list[str], flags: Flags) -> int:
 
         weights, origin = weights_of(begin)
     words = ["onetorch", "train", target, *resolved.given, *(["--from", begin] if begin is not None else [])]
+    words += ["--nproc", str(processes)] if processes > 1 else []
     run = Run(
         path,
         configs.from_json(configs.to_json(resolved.config), module.Config),
@@ -571,6 +605,7 @@ def _train(positional: list[str], flags: Flags) -> int:
         weights=weights,
         origin=origin,
         fixed=plan.parse(fixed or ""),
+        threads=max(provenance.cores() // processes, 1) if processes > 1 else None,
         **pace,
     )
     return _work(module, run)
@@ -652,6 +687,7 @@ def _free_folder(name: str) -> Path:
 def _resume(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import sweep
 
+    count, worker, again = _several_processes(flags)
     (trusted,) = _switches(positional, flags, "trust_code")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
@@ -666,15 +702,21 @@ def _resume(positional: list[str], flags: Flags) -> int:
     if folder.status(path, record) == "done":
         _print(f"{path} is done: {_progress(record)}, {_result(record)}")
         return 0
-    module = source.load()
-    from onetorch.runs.run import Run
+    if count > 1:
+        from onetorch.runs import launch
 
-    return _work(module, Run(path, folder.config(path, module.Config), resume=True, **pace))
+        return launch.launch(["resume", str(path), *again], count)
+    module = source.load()
+    from onetorch.runs import provenance
+
+    Run, processes = _run_class(worker, str(path))
+    threads = max(provenance.cores() // processes, 1) if processes > 1 else None
+    return _work(module, Run(path, folder.config(path, module.Config), resume=True, threads=threads, **pace))
 
 
 def _work(module: Any, run: Any) -> int:
     """Train, evaluate, draw; whatever happens, the run's record says so."""
-    from onetorch.runs import plan, report
+    from onetorch.runs import distributed, plan, report
 
     run.say(f"run: {run.folder}  ({run.record['command']})")
     again = ""
@@ -682,6 +724,10 @@ def _work(module: Any, run: Any) -> int:
         with run:
             model = module.train(run.config, run)
             run.finish()
+            first = distributed.rank() == 0
+            distributed.leave()
+            if not first:
+                return 0
             again = f"{run.record['command']} --plan {plan.show(run.record['plan'])}" if run.record["plan"] else run.record["command"]
             results = module.evaluate(model, run.config, media=run.media)
             run.result(**results)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.generative import attention, data, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
-from onetorch.runs import provenance
+from onetorch.runs import distributed, provenance
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
@@ -166,6 +166,8 @@ class GPT(nn.Module):
         self.ngrams = nn.Embedding(config.ngram_rows, config.ngram_width)
         nn.init.normal_(self.ngrams.weight, std=0.02)
         self.mix = Linear(config.ngram_width, config.width)
+        for p in (self.ngrams.weight, self.mix.weight):
+            p.requires_grad_(bool(config.ngram_orders))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Linear(config.width, BYTES, scale=0.0)
         D = config.width // config.heads
@@ -224,7 +226,7 @@ def paths(config: Config) -> tuple[str, ...]:
     """The ways to compute this attention that are worth a measurement."""
     if config.attention != "dense":
         return ("blocks",)
-    return ("explicit", "sdpa") if config.context <= attention.LONG else ("sdpa", "blocks")
+    return ("explicit", "sdpa") if config.context <= attention.LONG else ("blocks", "sdpa")
 
 
 def nll(model: nn.Module, window: Tensor) -> Tensor:
@@ -287,9 +289,9 @@ def train(config: Config, run: Run) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride}",
+        attention=paths(config),
         dtype=("float32", "bfloat16"),
         threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
-        attention=paths(config),
     )
     model = prepare(build(config), plan)
     run.initialize(model)
@@ -299,6 +301,7 @@ def train(config: Config, run: Run) -> GPT:
     state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, digest))
     if state.text != digest:
         raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+    network = distributed.wrap(model)
     cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
     for state.iteration in run.steps(state.iteration, config.steps):
@@ -307,8 +310,8 @@ def train(config: Config, run: Run) -> GPT:
             group["lr"] = group["rate"] * factor
         rows = max(round(config.batch * schedules.staged(state.iteration, config.steps, config.batch_stages)), 1)
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
-        window = data.batch(train_text, rows, T, state.generator).to(plan["device"])
-        loss = gradient(model, window, config.accumulate)
+        window = data.batch(train_text, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
+        loss = distributed.mean(gradient(network, window, config.accumulate))
         grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         run.finite(loss=loss, grad_norm=grad_norm)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
@@ -324,7 +327,8 @@ def train(config: Config, run: Run) -> GPT:
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, config)
-            (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+            if distributed.rank() == 0:
+                (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
         run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
     return model
@@ -332,10 +336,11 @@ def train(config: Config, run: Run) -> GPT:
 
 def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
     """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
-    total = torch.zeros((), device=window.device)
-    for part in window.chunk(accumulate):
-        loss = nll(model, part).mean() * (len(part) / len(window))
-        loss.backward()
+    total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
+    for i, part in enumerate(parts, 1):
+        with distributed.local(model, i < len(parts)):
+            loss = nll(model, part).mean() * (len(part) / len(window))
+            loss.backward()
         total += loss.detach()
     return total
 

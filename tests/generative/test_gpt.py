@@ -393,12 +393,12 @@ def test_rates_are_carried_over_to_width_and_batch() -> None:
 
 
 def test_the_size_of_a_step_in_logits_does_not_depend_on_the_width() -> None:
-    """The coordinate check of mu-P: how much each of three steps changes the logits, at widths 32 and 512, with the rates of width 32 carried over or not."""
+    """The coordinate check of mu-P: how much each of three steps changes the logits, at widths 32 and 128, with the rates of width 32 carried over or not."""
 
     def changes(width: int, base: int | None) -> list[float]:
         config = replace(TINY, width=width, base_width=base, lr_matrix=0.02, lr_head=0.002, lr_embedding=0.01)
         torch.manual_seed(0)
-        model, window = gpt.build(config), tokens(16, 17)
+        model, window = gpt.build(config), tokens(16, 17) % 8
         rates = gpt.optimizers(model, config)
         found = []
         for _ in range(3):
@@ -412,7 +412,7 @@ def test_the_size_of_a_step_in_logits_does_not_depend_on_the_width() -> None:
             found.append((model(window[:, :-1]).detach() - before).square().mean().sqrt().item())
         return found
 
-    narrow, wide, unscaled = changes(32, 32), changes(512, 32), changes(512, None)
+    narrow, wide, unscaled = changes(32, 32), changes(128, 32), changes(128, None)
     for a, b, c in zip(narrow, wide, unscaled, strict=True):
-        assert 0.6 < b / a < 1.6
-        assert c / a > 4  # in proportion to the width it would be 16
+        assert 0.75 < b / a < 1.33
+        assert 3 < c / a < 5  # in proportion to the width
