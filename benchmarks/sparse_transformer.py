@@ -69,7 +69,8 @@ def child(kind: str, context: int, seed: int, arguments: argparse.Namespace) -> 
             yield from super().steps(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as place:
-        with Timed(Path(place) / "run", config, fixed={"threads": str(arguments.threads), "attention": path, "dtype": dtype}, quiet=True, checkpoint_seconds=1e9) as run:
+        fixed = {"threads": str(arguments.threads), "attention": path, "dtype": dtype}
+        with Timed(Path(place) / "run", config, fixed=fixed, quiet=True, checkpoint_seconds=1e9) as run:
             model = gpt.train(config, run)
             plan = dict(run.record["plan"])
         rows = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ import pytest
 
 from onetorch.runs import folder
 
+PATIENCE = 300  # seconds that a process may take on a busy machine
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def work(count: int, tmp_path: Path, name: str, stop: int = 0, how: str = "new")
     places = [f"{i},{count},{store}" for i in range(count)] if count > 1 else ["alone"]
     words = [str(tmp_path / name), str(tmp_path / "text.txt"), str(stop), how]
     processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", SCRIPT, place, *words], env=environment) for place in places]
-    assert [p.wait(120) for p in processes] == [0] * count
+    assert [p.wait(PATIENCE) for p in processes] == [0] * count
 
 
 def rows(where: Path) -> list[dict[str, Any]]:
@@ -92,13 +93,13 @@ TINY += ["--plan", "threads=1,dtype=float32,attention=explicit"]
 def test_a_signal_to_the_command_stops_all_of_them_after_saving(tmp_path: Path) -> None:
     where = tmp_path / "run"
     process = onetorch("train", "gpt", "--data", text_file(tmp_path), "--steps", 10**6, "--nproc", 2, "--dir", where, *TINY)
-    end = time.perf_counter() + 120
+    end = time.perf_counter() + PATIENCE
     while not (where / "metrics.jsonl").exists() or len(rows(where)) < 3:
         assert process.poll() is None, process.communicate()
         assert time.perf_counter() < end
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert f"onetorch resume {where} goes on" in said
     record = json.loads((where / "run.json").read_bytes())
@@ -110,11 +111,11 @@ def test_a_signal_to_the_command_stops_all_of_them_after_saving(tmp_path: Path) 
 def test_what_cannot_be_shared_out_is_one_line(tmp_path: Path) -> None:
     uneven = onetorch("train", "gpt", "--data", text_file(tmp_path), "--nproc", 2, "--dir", tmp_path / "a", *TINY, "--steps", 3, "--batch_stages", "[0.75]")
     alone = onetorch("train", "ppo", "--nproc", 2, "--dir", tmp_path / "b", "--total_steps", 4096)
-    _, said = uneven.communicate(timeout=120)
+    _, said = uneven.communicate(timeout=PATIENCE)
     assert uneven.returncode == 2
     assert said.strip().splitlines()[-1] == "onetorch: a batch of 3 cannot be shared out evenly among 2 processes: choose --batch or --nproc so that it can"
-    _, said = alone.communicate(timeout=120)
+    _, said = alone.communicate(timeout=PATIENCE)
     assert alone.returncode == 2
     assert said.strip().splitlines()[-1] == "onetorch: --nproc: ppo trains in one process; it does not share out its batches"
     wrong = onetorch("train", "gpt", "--nproc", "two")
-    assert wrong.communicate(timeout=60)[1] == "onetorch: --nproc: expected a number of processes, got 'two'\n"
+    assert wrong.communicate(timeout=PATIENCE)[1] == "onetorch: --nproc: expected a number of processes, got 'two'\n"
