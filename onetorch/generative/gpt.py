@@ -311,8 +311,10 @@ def train(config: Config, run: Run) -> GPT:
         rows = max(round(config.batch * schedules.staged(state.iteration, config.steps, config.batch_stages)), 1)
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
         window = data.batch(train_text, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
+        run.phase("batch")
         loss = distributed.mean(gradient(network, window, config.accumulate))
         grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        run.phase("gradient")
         run.finite(loss=loss, grad_norm=grad_norm)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
@@ -324,13 +326,16 @@ def train(config: Config, run: Run) -> GPT:
         if state.iteration == config.steps and config.final == "ema":
             state.ema.keep(config.ema[0])
         state.tokens += rows * T
+        run.phase("update")
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, config)
             if distributed.rank() == 0:
                 (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+        run.phase("evaluation")
         run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
+        run.phase("logging")
     return model
 
 
