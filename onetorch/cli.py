@@ -41,6 +41,7 @@ onetorch: create, run and share optimized PyTorch models
   onetorch verify DIR [--results]            the same in place; --results evaluates again and compares with the card
   onetorch port FILE.pt OUT.safetensors      tensors out of a pickle, without running it
   onetorch new NAME --from RECIPE            a recipe as a file of yours, to change at will
+  onetorch data [PATH]                       what a text, a folder or an array is as training data
   onetorch doctor                            what this machine has, and what is missing
 
 RECIPE is a name from the list or the path of a file of yours (my_idea.py). `onetorch COMMAND --help` tells more.
@@ -110,6 +111,7 @@ Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Ex
     "verify": "onetorch verify DIR|URL [options]: check sizes, hashes, weights and golden outputs in place.",
     "port": "onetorch port FILE.pt OUT.safetensors [--key NAME]: the tensors of a state dict (--key: a part of the file), read in a process with limits.",
     "new": "onetorch new NAME --from RECIPE: write NAME.py, the recipe's algorithm with its values as defaults. It runs at once: onetorch train NAME.py",
+    "data": "onetorch data [PATH]: what generative models see in a text, a folder of texts, an array or a folder of images; without PATH the built-in text.",
     "doctor": "onetorch doctor: versions, processor, GPUs, compiler, optional packages and how to get them.",
 }
 
@@ -154,7 +156,7 @@ def _print(text: str = "") -> None:
 
 def _dispatch(words: list[str]) -> int:
     commands = {"list": _list, "show": _show, "train": _train, "sweep": _sweep, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
-    commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port}
+    commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port, "data": _data}
     commands |= {"plot": _plot, "report": _report, "diff": _diff, "board": _board}
     if not words or words[0] in ("--help", "-h", "help"):
         _print(HELP)
@@ -931,6 +933,16 @@ def _port(positional: list[str], flags: Flags) -> int:
         raise UsageError(folder.explain(error, target)) from error
     _table([(trust.printable(name), str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for name, t in sorted(tensors.items())])
     _print(f"{target}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
+    return 0
+
+
+def _data(positional: list[str], flags: Flags) -> int:
+    _nothing_left(flags, (), "data")
+    if len(positional) > 1:
+        raise UsageError(f"data takes one path at most, got {' '.join(positional)}; `onetorch data --help`")
+    from onetorch.generative.describe import describe
+
+    _table(describe(Path(positional[0]) if positional else None))
     return 0
 
 

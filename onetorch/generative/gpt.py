@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,10 +57,11 @@ class Config:
     attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a byte sees: all before it, or a pattern of the Sparse Transformer
     stride: int = 128  # of the sparse patterns, in bytes
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
-    lr_matrix: float = 0.04  # Muon's step size: matrices of the blocks
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else is trained by Adam
+    lr_matrix: float = 0.04  # its step size
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
-    momentum: float = 0.9  # Muon's
+    momentum: float = 0.9  # Muon's, or the first beta of Adam for the matrices
     base_width: int | None = None  # the rates were chosen at this width and are carried over to `width` (mu-P); none: they are this width's
     base_batch: int | None = None  # the rates were chosen with this batch: they grow with the root of the batch; none: they are this batch's
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
@@ -245,20 +246,23 @@ def example(config: Config) -> Tensor:
 
 
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to.
+    """One for the blocks' matrices (Muon or Adam), and Adam for the rest; `rate` is what the schedule's factor is applied to.
 
     Of all rates the head's alone depends on the width (mu-P, Yang et al. 2022): an Adam step changes a logit by the sum of C entries of one sign. Muon's steps
-    have the same spectral norm at every width, and those of the embeddings the same size in every entry. With the batch the rates grow as its root (Malladi
-    et al. 2022).
+    have the same spectral norm at every width, and those of the embeddings the same size in every entry (Adam's for the matrices are as the head's). With the
+    batch the rates grow as its root (Malladi et al. 2022).
     """
     grown = math.sqrt(config.batch / (config.base_batch or config.batch))
     narrowed = (config.base_width or config.width) / config.width
-    matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
+    matrices: dict[str, Any] = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
     tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
     head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
     mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
-    muon = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
-    return muon, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+    if config.optimizer == "muon":
+        first: torch.optim.Optimizer = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+    else:
+        first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
+    return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
 
 
 def flops(config: Config, T: int) -> float:
@@ -272,8 +276,8 @@ def flops(config: Config, T: int) -> float:
 @dataclass
 class State:
     model: GPT
-    muon: torch.optim.Optimizer
-    adam: torch.optim.Optimizer
+    muon: torch.optim.Optimizer  # of the matrices
+    adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
     generator: torch.Generator  # draws the batches: the position in the data
