@@ -3,8 +3,9 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// The dense operand is packed once into tiles; the blocks of a column are packed (transposed, converted, cleared beyond the edge) by the thread that uses them.
-// Threads take columns dynamically. Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// A thread packs a panel of tokens into tiles that stay in its second-level cache, and takes all columns past it; the values are packed (transposed, converted,
+// cleared beyond the edge) once for all panels. With few tokens nothing of the values is packed: `few` and `some`. Threads take panels dynamically.
+// Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -56,13 +57,64 @@ void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, i
   }
 }
 
-// Takes the problem if it is one for `few`.
+// Some tens of rows of X against the transposed matrix of whole blocks: the values are read where they stand, none is packed, and tokens run across the lanes. A lane
+// takes S units of k at a time, so that 8 tokens fill 16 lanes: acc[i][lane] sums the products of output i with the token lane / S over every S-th unit.
+template <class T, int VW, int NV, int S, int ROWS>
+void some(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  using Word = std::conditional_t<S == 2, uint64_t, U>;  // S units
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S;
+  static_assert(sizeof(Word) == S * sizeof(U), "a word is S units");
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, ahead = std::max<int64_t>(1, 8192 / (ROWS * bk * int64_t(sizeof(T))));  // blocks: the way to memory takes as long
+  Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t k = 0; k < K; k += chunk)
+      for (int64_t t = 0; t < TOKENS; t++) {
+        T* to = X.data + g * TOKENS * K + k * TOKENS + t * chunk;
+        const T* from = x + (g * TOKENS + t) * xm + k * xk;
+        if (g * TOKENS + t >= M) std::fill(to, to + chunk, T{});
+        else UNROLL for (int e = 0; e < chunk; e++) to[e] = from[e * xk];
+      }
+  PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
+  for (int64_t c = 0; c < side.C; c++) {
+    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, lda = bk / chunk;
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t line = 0; line < bn; line += ROWS) {
+        vec<Acc, VW> acc[ROWS][NV];
+        UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; }
+        for (int64_t t = 0; t < n; t++) {
+          const Word* values = reinterpret_cast<const Word*>(w + ((first + t) * bn + line) * bk);
+          const T* tokens = X.data + g * TOKENS * K + side.rows[first + t] * bk * TOKENS;
+          for (int64_t e = 0; g == 0 && e < ROWS * bk; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + ((first + t + ahead) * bn + line) * bk + e);
+          for (int64_t k = 0; k < lda; k++, tokens += TOKENS * chunk) {
+            const Word* at[ROWS / 4];  // few addresses for many rows
+            UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
+            vec<U, VW> v[NV];
+            UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW * Mode<T>::P);
+            UNROLL for (int i = 0; i < ROWS; i++) {
+              const vec<Word, VW / S> u = vec<Word, VW / S>{} + at[i / 4][(i % 4) * lda];
+              UNROLL for (int j = 0; j < NV; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], (vec<U, VW>)u, v[j]);
+            }
+          }
+        }
+        for (int64_t t = 0; t < std::min<int64_t>(TOKENS, M - g * TOKENS); t++)
+          for (int i = 0; i < ROWS; i++) {
+            const Acc* lanes = reinterpret_cast<const Acc*>(&acc[i][0]) + t * S;
+            Acc sum = bias ? Acc(widen(bias[c * bn + line + i])) : Acc(0);
+            for (int e = 0; e < S; e++) sum += lanes[e];
+            narrow(sum, y[(g * TOKENS + t) * N + c * bn + line + i]);
+          }
+      }
+  }
+}
+
+// Takes the problem if it is one for `few` or `some`.
 template <class T>
 bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, int64_t wk, Side side, const T* bias, T* y, int64_t N, int threads) {
-  using E = typename Mode<T>::E;
+  using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   if constexpr (std::is_same<T, E>::value) {
-    constexpr int full = kVectorBytes / int(sizeof(typename Mode<T>::Acc)), P = Mode<T>::P;
-    if (G != 1 || H != 1 || M > 8 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
+    constexpr int full = kVectorBytes / int(sizeof(Acc)), P = Mode<T>::P;
+    if (G != 1 || H != 1 || M > 64 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
     auto run = [&](auto width) {
       constexpr int VW = width();
       if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
@@ -71,6 +123,14 @@ bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm,
       else few<T, VW, 8, 2>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       return true;
     };
+    constexpr int S = full == 16 ? 2 : 1;
+    if (M > (bk % (full * P) ? 2 : 4) && bk % (S * P) == 0) {
+      if (M * S <= full && bn % 16 == 0) some<T, full, 1, S, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else if (M <= full && bn % 16 == 0) some<T, full, 1, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else some<T, full, 2, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      return true;
+    }
+    if (M > 8) return false;
     if (bk % (full * P) == 0) return run(std::integral_constant<int, full>{});
     if constexpr (full > 8) { if (bk % (8 * P) == 0) return run(std::integral_constant<int, 8>{}); }
   }
@@ -116,10 +176,11 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
     for (int64_t strip = 0; strip < bn; strip += NR)
       for (int64_t t = 0; t < n; t++, to += bk * NR) {
         const int64_t block = side.order ? side.order[first + t] : first + t, k0 = side.rows[first + t] % side.R * bk, n0 = column % side.C * bn + strip;
-        if (t + 1 < n) {  // the next block's values: they are far from these
-          const char* next = reinterpret_cast<const char*>(w + set * wg + (side.order ? side.order[first + t + 1] : first + t + 1) * bk * bn);
-          if (wk == 1) for (int64_t e = strip * wn * int64_t(sizeof(T)); e < (strip + NR) * wn * int64_t(sizeof(T)); e += 64) __builtin_prefetch(next + e);
-          else for (int64_t k = 0; k < bk; k++) for (int64_t e = 0; e < NR * int64_t(sizeof(T)); e += 64) __builtin_prefetch(next + (k * wk + strip) * int64_t(sizeof(T)) + e);
+        if (t + 1 < n) {  // the next block's values, which may be far from these
+          const T* next = w + set * wg + (side.order ? side.order[first + t + 1] : first + t + 1) * bk * bn + strip * wn;
+          const int64_t lines = wk == 1 ? 1 : bk, length = wk == 1 ? NR * wn : NR;
+          for (int64_t k = 0; k < lines; k++)
+            for (int64_t e = 0; e < length; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + k * wk + e);
         }
         if (n0 < N) pack_panel<T, E, P, NR>(to, w + set * wg + block * bk * bn + strip * wn, std::min(bk, K - k0), bk, N - n0, wk, wn);
       }
