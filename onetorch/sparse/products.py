@@ -86,9 +86,9 @@ def _dds_eager(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, ro
     """
     grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
     if _native(x):
-        if costs.dense_is_faster(x, values, index, rows, columns):
+        if costs.dense_is_faster(x, values, rows, columns):
             y = costs.dense_dds(x, values, index, bias, grid, transpose)
-            if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
+            if y is not None:
                 return y
         return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     with torch.autocast(x.device.type, enabled=False):
@@ -101,6 +101,8 @@ def _sdd_eager(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_colum
     block = (block_rows, block_columns)
     grid = _grid(M, b.shape[3], block)
     if _native(a):
+        if costs.dense_sdd_is_faster(a, b, (index.shape[0] - H * sum(grid) - 2) // 4, block):
+            return costs.dense_sdd(a, b, index, grid, block)
         return cpu.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
     kind = _accumulator(a.dtype)
