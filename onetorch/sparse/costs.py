@@ -142,4 +142,5 @@ def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> s
         said.append(("dense" if layout.density >= limit else "sparse", limit))
     (forward, limit), (weight, weight_limit) = said
     where = "the dense product is never faster here" if limit == NEVER else f"the dense product is faster from {limit:.3f}"
-    return f"{forward}: density {layout.density:.3f}, {where}; gradient of the weight {weight}, dense {'never' if weight_limit == NEVER else f'from {weight_limit:.3f}'}"
+    from_where = "never" if weight_limit == NEVER else f"from {weight_limit:.3f}"
+    return f"{forward}: density {layout.density:.3f}, {where}; gradient of the weight {weight}, dense {from_where}"
