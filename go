@@ -39,7 +39,7 @@ PINS = os.path.join(ROOT, "requirements.lock")
 PROJECT = os.path.join(ROOT, "pyproject.toml")
 STAMP, LOG, GUARD = (os.path.join(VENV, name) for name in ("go.stamp", "go.log", "go.guard"))
 UNFINISHED = "unfinished"  # the stamp while .venv is being made: found at the start of a call, it says that an earlier one was killed
-EXTRAS = ("media", "rl", "dev")  # what the lock pins beside the core
+EXTRAS = ("media", "rl", "data", "dev")  # what the lock pins beside the core
 UV = "uv==0.13.9"  # fetched only where pip by itself would bring the wrong build of torch
 OLDEST_DRIVER = 580  # of NVIDIA's, for CUDA 13, which the plain wheel of torch 2.13 is built with
 OFFLINE = re.compile(

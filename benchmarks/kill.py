@@ -8,7 +8,7 @@ random moments again, but with the real command line in a new interpreter. In th
 computed nothing, with Python's and numpy's generators seeded anew as in a fresh process, and they save after every iteration.
 
 After every death: every checkpoint that stands under its name must verify, and the newest must be no older than before. When a run is through: weights,
-optimizer and all other state, and every row of metrics but for seconds and cpu_seconds must be bit for bit those of a run that nobody disturbed.
+optimizer and all other state, and every row of metrics but for its times must be bit for bit those of a run that nobody disturbed.
 Then the next run begins, until the deaths are counted. Exits 1 on any loss or difference.
 """
 
@@ -111,7 +111,7 @@ class Torture:
         assert not damaged
         weights = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in _flat(found.model)}
         tensors = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in _flat(found.state) if not name.startswith("generators.numpy")}
-        rows = [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in folder.rows(where)]
+        rows = [{k: v for k, v in row.items() if k not in folder.TIMES} for row in folder.rows(where)]
         return found.step, weights, tensors, json.dumps(found.record["state"]["fields"]), rows
 
     def torment(self, way: str, count: int, kill: Callable[[Path], int]) -> None:

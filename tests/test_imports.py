@@ -17,7 +17,8 @@ ALLOWED = {  # a part may import itself and these
     "recipes": {"rl", "generative", "runs"},
 }  # cli.py and __init__.py stand above all parts
 KERNELS = {"torch", "triton"}  # all that sparse takes from outside
-OPTIONAL = {"mujoco", "matplotlib", "pygame", "av", "pytest", "stable_baselines3", "ray", "huggingface_hub"}  # of the extras: only inside a function
+# of the extras: only inside a function
+OPTIONAL = {"mujoco", "matplotlib", "pygame", "av", "pytest", "stable_baselines3", "ray", "huggingface_hub", "sklearn", "PIL"}
 
 
 def imported(tree: ast.AST, package: str) -> list[tuple[str, str, int, bool]]:

@@ -15,7 +15,6 @@ from onetorch.runs import compare, folder
 from onetorch.runs.compare import show
 from onetorch.runs.errors import CheckpointError, RunError, UsageError
 
-TIMES = ("seconds", "cpu_seconds")
 HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1"}
 DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "|b1", "BF16": "<u2"}
@@ -26,7 +25,7 @@ Rows = list[tuple[str, ...]]
 def compare_runs(a: Path, b: Path) -> Iterator[tuple[str, Rows]]:
     """Sections (title, lines of cells) on the runs in the folders `a` and `b`; a section with a title alone is a finding in one sentence.
 
-    Metrics are compared number for number but for the two columns of time, weights bit for bit in the newest checkpoint of each. Raises UsageError where no
+    Metrics are compared number for number but for the columns of time, weights bit for bit in the newest checkpoint of each. Raises UsageError where no
     run stands, RunError for a damaged one.
     """
     for path in (a, b):
@@ -67,13 +66,13 @@ def _metrics(a: Path, b: Path) -> Iterator[tuple[str, Rows]]:
         for side, row in enumerate((one, two)):
             counts[side] += row is not None
             for name, value in (row or {}).items():
-                if name not in TIMES and name != "step":
+                if name not in folder.TIMES and name != "step":
                     last.setdefault(name, [None, None])[side] = value
         if one is None or two is None:
             continue
         if one["step"] != two["step"]:
             first.setdefault("step", f"{one['step']} | {two['step']}")
-        for name in ({**one, **two}).keys() - {*TIMES, "step"}:
+        for name in ({**one, **two}).keys() - {*folder.TIMES, "step"}:
             if one.get(name) != two.get(name):
                 first.setdefault(name, str(one["step"] if one["step"] == two["step"] else f"{one['step']} | {two['step']}"))
     rows: Rows = [("METRIC", "LAST IN A", "LAST IN B", "B - A", "FIRST STEP THAT DIFFERS")]

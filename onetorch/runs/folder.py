@@ -21,6 +21,7 @@ from onetorch.runs.config import from_json
 from onetorch.runs.errors import RunError, UsageError
 
 FORMAT = 1  # of config.json, run.json and the checkpoints; raised when an older reader would misread a newer folder
+TIMES = ("seconds", "cpu_seconds", "mfu")  # columns of metrics.jsonl that differ between equal runs; all others are the same bit for bit
 
 
 def explain(error: OSError, path: Path) -> str:

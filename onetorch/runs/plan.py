@@ -5,18 +5,17 @@ Importing this file imports no torch, so that `--plan` can be read before there 
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from onetorch.runs import provenance
+from onetorch.runs import cache, provenance
 from onetorch.runs.config import nearest
 from onetorch.runs.errors import UsageError
 
 BUDGET = 2.0  # seconds for all measurements of a plan
 MARGIN = 0.95  # a choice must take at most this fraction of the incumbent's time: noise shall not move a plan
+CACHE = "plans"  # where plans are kept between runs
 CLEAR = 1.5  # two choices this far apart after three rounds need no more of them
 
 Choice = dict[str, Any]
@@ -126,11 +125,6 @@ def set_threads(choice: Choice) -> None:
         torch.set_num_threads(choice["threads"])
 
 
-def cache_path() -> Path:
-    """Where plans are kept between runs: the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onetorch" / "plans.json"
-
-
 def cache_key(key: str, dimensions: dict[str, tuple[Any, ...]]) -> str:
     """What a plan depends on: processor, cores, GPU, versions, the algorithm's own key and the candidates."""
     import torch
@@ -142,29 +136,13 @@ def cache_key(key: str, dimensions: dict[str, tuple[Any, ...]]) -> str:
 
 def cached(key: str, dimensions: dict[str, tuple[Any, ...]]) -> Choice | None:
     """The plan kept under `key`, if every choice is still a candidate."""
-    try:
-        saved = json.loads(cache_path().read_bytes())[key]
-        choice = {name: next(v for v in candidates if str(v) == saved[name]) for name, candidates in dimensions.items()}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, StopIteration):
-        return None  # nothing kept, or not by this version: measuring again costs two seconds
-    return choice
+    saved = cache.get(CACHE, key)
+    if not isinstance(saved, dict):
+        return None
+    options = {name: [v for v in candidates if str(v) == saved.get(name)] for name, candidates in dimensions.items()}
+    return {name: found[0] for name, found in options.items()} if all(options.values()) else None
 
 
 def keep(key: str, choice: Choice) -> str | None:
     """Keep a plan for the next run; returns why not where the cache folder cannot be written."""
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            plans = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError, RecursionError):
-            plans = {}
-        if not isinstance(plans, dict):
-            plans = {}
-        plans[key] = {k: str(v) for k, v in choice.items()}
-        temporary = path.with_name(f".plans.{os.getpid()}")
-        temporary.write_text(json.dumps(plans, indent=1))
-        os.replace(temporary, path)
-    except OSError as error:
-        return str(error)
-    return None
+    return cache.put(CACHE, key, {k: str(v) for k, v in choice.items()})

@@ -254,6 +254,6 @@ def _progress(trial: "Trial") -> tuple[float, str]:
         row = json.loads(last)
         progress = json.loads((trial.folder / "run.json").read_bytes())["progress"]
         fraction = min(row["step"] / (progress["total"] * progress.get("scale", 1)), 1.0)
-        return fraction, number({k: v for k, v in row.items() if k not in ("step", "seconds", "cpu_seconds")})
+        return fraction, number({k: v for k, v in row.items() if k not in ("step", *folder.TIMES)})
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
         return 0.0, ""  # it has logged nothing yet

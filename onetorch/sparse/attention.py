@@ -3,7 +3,7 @@
     layout = patterns.local(4096, 64, window=256)
     out = attention(q, k, v, layout, causal=True)              # (B, H, S, D)
 
-On the CPU one fused C++ kernel each way; elsewhere, and without a compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps
+One fused kernel each way, C++ on the CPU and Triton on a GPU; elsewhere the same mathematics on gathered blocks in PyTorch. The backward pass keeps
 the output and the log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
 """
 
@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from onetorch.sparse import cpu
 from onetorch.sparse.layout import Layout
 from onetorch.sparse.products import (
     _FUNCTIONS,
@@ -26,7 +25,7 @@ from onetorch.sparse.products import (
     _grid,
     _inside,
     _kept_blocks,
-    _native,
+    _kernels,
     _sdd,
 )
 
@@ -99,9 +98,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, br: int, bc: int,
                dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, S, _D = q.shape
     block, grid = (br, bc), _grid(S, k.shape[2], (br, bc))
-    if _native(q):
+    if (kernels := _kernels(q)) is not None:
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        return cpu.attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
+        return kernels.attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
     kind = _accumulator(q.dtype)
     values = _by_layout(_repeat(v, H).to(kind), heads)
     scores, rows = _scores(q.to(kind), _repeat(k, H).to(kind), index, block, heads, scale, causal, position, group, padding, mask)
@@ -128,11 +127,11 @@ def _attention_backward(
     B, H, S, _D = q.shape
     Hk, Sk = k.shape[1:3]
     block, grid = (br, bc), _grid(S, Sk, (br, bc))
-    if _native(q):
+    if (kernels := _kernels(q)) is not None:
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        grad, grad_lse = grad.contiguous(), None if grad_lse is None else grad_lse.contiguous()
         arguments = (index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
-        return cpu.attention_backward(q, k, v, out, lse, grad.contiguous(), grad_lse, *arguments)
+        return kernels.attention_backward(q, k, v, out, lse, grad, grad_lse, *arguments)
     kind = _accumulator(q.dtype)
     keys, values = _repeat(k, H).to(kind), _repeat(v, H).to(kind)
     scores, rows = _scores(q.to(kind), keys, index, block, heads, scale, causal, position, group, padding, mask)

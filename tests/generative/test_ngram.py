@@ -1,4 +1,6 @@
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,3 +92,22 @@ def test_wrong_arguments_are_named() -> None:
         ngram.CountModel(array(b"abcdefghijkl"), 9)
     with pytest.raises(ValueError, match="longer than the order 3"):
         ngram.CountModel(array(b"abc"), 3)
+
+
+def test_the_same_texts_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    counted: list[int] = []
+
+    class Counted(ngram.CountModel):
+        def __init__(self, *arguments: Any) -> None:
+            counted.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(ngram, "CountModel", Counted)
+    train, text = array(sentence(0, 150)), array(sentence(1, 50))
+    first = ngram.bits_per_byte(train, text)
+    assert len(counted) == 2  # to choose the order, and to count
+    assert ngram.bits_per_byte(train.copy(), text.copy()) == first
+    assert len(counted) == 2
+    assert ngram.bits_per_byte(train, text[1:]) != first
+    assert len(counted) == 4

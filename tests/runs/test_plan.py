@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from onetorch.runs import algorithm, folder, plan
+from onetorch.runs import algorithm, cache, folder, plan
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
@@ -78,7 +78,7 @@ def test_a_fixed_plan_narrows_and_takes_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"[" * 100_000, b'{"x": 3}'])
 def test_a_damaged_cache_is_measured_again(tmp_path: Path, content: bytes) -> None:
-    path = plan.cache_path()
+    path = cache.path(plan.CACHE)
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert plan.cached("x", {"way": ("a", "b")}) is None

@@ -61,7 +61,7 @@ def weights(trial: Path) -> str:
 
 
 def rows(trial: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in folder.rows(trial)]
+    return [{k: v for k, v in row.items() if k not in folder.TIMES} for row in folder.rows(trial)]
 
 
 @pytest.fixture(autouse=True)
