@@ -126,7 +126,7 @@ class ActionMap:
     def __call__(self, act: Tensor) -> np.ndarray:
         space: Any = self.space
         if isinstance(space, gymnasium.spaces.Box):
-            given = act.numpy().reshape(-1, *space.shape)
+            given = act.detach().numpy().reshape(-1, *space.shape)
             scaled = given if self.same else self.middle + given * self.half
             return np.minimum(np.maximum(scaled, space.low), space.high).astype(space.dtype, copy=False)
         start = getattr(space, "start", 0)  # MultiBinary has none

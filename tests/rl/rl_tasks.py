@@ -190,6 +190,29 @@ class Noisy(Task):
         return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
 
 
+class Chain(Task):
+    """Three states in a row, seen one-hot. Action 0 leaves and pays 1; action 1 walks on, and pays 5 at the row's end. With a discount of 0.9 it is best to
+    walk, and the states are worth 4.05, 4.5 and 5; with a discount of 0.4 they are worth 1, 2 and 5, and from the first it is best to leave."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (3,), np.float32)
+
+    def look(self) -> Any:
+        return np.eye(4, 3, dtype=np.float32)[self.count]
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        end = self.count == 3
+        return self.look(), 1.0 if action == 0 else 5.0 * end, bool(action == 0 or end), False, {}
+
+
+class Tell(BoxTask):
+    """The best action is 0.5, and each step pays what the square of the distance to it leaves of 1."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, 1.0 - float(np.square(action[0] - 0.5)), *rest  # type: ignore[return-value]
+
+
 class Faulty(Task):
     """Action 1 brings the fault at once, action 2 ends the episode and brings it at the next reset. "spin" is a loop of C that lets nobody else run."""
 
@@ -234,6 +257,22 @@ class Faulty(Task):
         return None  # "none"
 
 
+class Payday(Task):
+    """One step, which pays the number of the action: 0, 1 or 2."""
+
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), float(action), True, False, {}
+
+
+class Target(BoxTask):
+    """One step, which pays 1 - (a - 0.5)^2."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), 1 - (float(action[0]) - 0.5) ** 2, True, False, {}
+
+
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
 # value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
 LIMIT = 5
@@ -248,5 +287,5 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     for fault in FAULTS:
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
-    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches):
+    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")
