@@ -8,7 +8,7 @@ moved away from the old one by more than a factor 1 ± eps:
 | symbol      | shape        | meaning                                                                          |
 |-------------|--------------|----------------------------------------------------------------------------------|
 | obs         | (T, N, D)    | observations of N environments for T steps, normalised where normalize_obs       |
-| act         | (T, N[, A])  | actions: (T, N) int64 for Discrete, (T, N, A) float32 for Box                    |
+| act         | (T, N[, A])  | actions: (T, N) int64 for Discrete, (T, N, K) of K choices, (T, N, A) for Box    |
 | logp        | (T, N)       | log pi_old(a|s), under the policy that acted                                     |
 | reward      | (T, N)       | rewards, scaled where normalize_reward                                           |
 | value       | (T, N)       | V(s_t) by the critic that stood when the batch was collected                     |
@@ -35,14 +35,14 @@ from torch import Tensor
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.nets import ActorCritic, flat_parameters
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "CartPole-v1"  # Gymnasium environment with Box observations and Box or Discrete actions
+    env: str = "CartPole-v1"  # Gymnasium environment
     seed: int = 0  # of weights, actions, minibatches and environments
     total_steps: int = 300_000  # environment steps, all environments together
     num_envs: int = 0  # N, environments stepped together; 0: the speed plan chooses
@@ -99,12 +99,12 @@ class State:
 
 
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(environments.spaces(config.env), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(environments.spaces(config.env, multi=True, images=True), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations for the module to answer, when it is shared."""
+    return example_obs(environments.spaces(config.env, multi=True, images=True), 8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:
@@ -193,8 +193,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, 1 - (state.iteration - 1) / total if config.anneal else 1.0, run)
-        if state.model.norm is not None:
-            state.model.norm.update(batch["raw"])
+        state.model.observe(batch["raw"])
         run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)

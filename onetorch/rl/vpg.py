@@ -7,7 +7,7 @@ Collect a batch under the current policy, take one step along the gradient of th
 | symbol      | shape        | meaning                                                                          |
 |-------------|--------------|----------------------------------------------------------------------------------|
 | obs         | (B, D)       | observations of N environments for T steps, B = T N, normalised where configured |
-| act         | (B[, A])     | actions: (B,) int64 for Discrete, (B, A) float32 for Box                         |
+| act         | (B[, A])     | actions: (B,) int64 for Discrete, (B, K) of K choices, (B, A) float32 for Box     |
 | logp        | (B,)         | log pi(a|s)                                                                      |
 | adv         | (B,)         | advantages by GAE (Schulman et al. 2015, arXiv:1506.02438), of unit variance     |
 | ret         | (B,)         | lambda-returns, the critic's target                                              |
@@ -30,14 +30,14 @@ from torch import Tensor
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.nets import ActorCritic
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, fit_value
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "CartPole-v1"  # Gymnasium environment with Box observations and Box or Discrete actions
+    env: str = "CartPole-v1"  # Gymnasium environment
     seed: int = 0  # of weights, actions, minibatches and environments
     total_steps: int = 300_000  # environment steps, all environments together
     num_envs: int = 0  # N, environments stepped together; 0: the speed plan chooses
@@ -87,12 +87,12 @@ class State:
 
 
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(environments.spaces(config.env), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(environments.spaces(config.env, multi=True, images=True), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations for the module to answer, when it is shared."""
+    return example_obs(environments.spaces(config.env, multi=True, images=True), 8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:
@@ -155,8 +155,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, run)
-        if state.model.norm is not None:
-            state.model.norm.update(batch["raw"])
+        state.model.observe(batch["raw"])
         run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)

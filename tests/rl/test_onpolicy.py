@@ -221,6 +221,19 @@ def test_learns_from_box_actions(tmp_path: Path, algorithm: Any) -> None:
 
 
 @each
+@pytest.mark.parametrize("env", ["Picture-v0", "PictureAndNumber-v0"])
+def test_learns_from_pictures_and_several_choices_at_once(tmp_path: Path, algorithm: Any, env: str) -> None:
+    """The best return is 16; to guess earns 8 (two switches) or 6.7 (one of two and one of three)."""
+    config = dataclasses.replace(SMALL[algorithm], env=env, total_steps=256 * (60 if algorithm is trpo else 100), gamma=0.0, normalize_obs=True)
+    if algorithm is not trpo:
+        config = dataclasses.replace(config, lr=3e-3)
+    model, _ = train(algorithm, tmp_path / "run", config, fixed={"backend": "sync"})
+    assert float(algorithm.evaluate(model, config, episodes=20)["return"]) > 14
+    out, value = model(algorithm.example(config))
+    assert (out.shape[0], value.shape) == (8, (8,))
+
+
+@each
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path, algorithm: Any) -> None:
     config = dataclasses.replace(SMALL[algorithm], total_steps=256)
     state = algorithm.begin(config, 8, "native")
