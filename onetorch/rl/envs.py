@@ -19,6 +19,7 @@ that seed and the actions since: loading resets, replays them, and checks that t
 
 import contextlib
 import difflib
+import importlib
 import math
 import os
 import time
@@ -120,12 +121,14 @@ class ActionMap:
             bounded = np.isfinite(space.low) & np.isfinite(space.high)
             low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
             self.middle, self.half = (low + high) / 2, (high - low) / 2
+            self.same = bool((self.middle == 0).all() and (self.half == 1).all())
 
     def __call__(self, act: Tensor) -> np.ndarray:
         space: Any = self.space
         if isinstance(space, gymnasium.spaces.Box):
-            scaled = self.middle + act.numpy().reshape(-1, *space.shape) * self.half
-            return np.clip(scaled, space.low, space.high).astype(space.dtype)
+            given = act.detach().numpy().reshape(-1, *space.shape)
+            scaled = given if self.same else self.middle + given * self.half
+            return np.minimum(np.maximum(scaled, space.low), space.high).astype(space.dtype, copy=False)
         start = getattr(space, "start", 0)  # MultiBinary has none
         return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)
 
@@ -166,9 +169,9 @@ class GymEnvs:
     def step(self, act: Tensor) -> Step:
         if self.closed:
             raise RunError(f"these {self.num_envs} {self.env} are closed: make new ones")
-        actions = self.to_env(act)
-        if len(actions) != self.num_envs:
+        if act.numel() != self.num_envs * math.prod(self.action_space.shape):
             raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
+        actions = self.to_env(act)
         try:
             for group, part in zip(self.groups, self.parts, strict=True):
                 group.send_step(actions[part], self.next_seed[part])
@@ -193,10 +196,13 @@ class GymEnvs:
 
     def _check(self, obs: np.ndarray, phase: int, reward: np.ndarray | None = None, actions: np.ndarray | None = None, stepping: bool = True) -> None:
         """RunError where a number is not finite."""
-        if (obs.dtype == np.uint8 or np.isfinite(obs).all()) and (reward is None or np.isfinite(reward).all()):
+        total = 0.0 if obs.dtype == np.uint8 else np.add.reduce(obs, None, np.float64)  # one NaN or infinity makes the sum one
+        if math.isfinite(total) and (reward is None or math.isfinite(np.add.reduce(reward))):
             return
         bad_obs = np.array([not np.isfinite(row).all() for row in obs])
         bad_reward = np.zeros(self.num_envs, bool) if reward is None else ~np.isfinite(reward)
+        if not (bad_obs | bad_reward).any():
+            return  # only the sum was too large
         i = int((bad_obs | bad_reward).nonzero()[0][0])
         given = "" if actions is None or np.isfinite(actions[i]).all() else f" (it was given the action {shown(actions[i])})"
         what = f"observation {shown(obs[i])}" if bad_obs[i] or reward is None else f"reward {reward[i]}"
@@ -298,8 +304,9 @@ class Stacked:
 
 
 def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
-    """`num_envs` copies of the Gymnasium environment `env`, already reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an
-    observation is the last so many, the newest last (see Stacked). `device`: where tensors are and stay; other than "cpu" for the native classic tasks only.
+    """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it), already reset. `backend`: one of
+    `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`: where tensors are and
+    stay; other than "cpu" for the native classic tasks only.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -378,10 +385,12 @@ def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool 
 
 
 def make_one(env: str, **options: Any) -> gymnasium.Env:
-    """One Gymnasium environment, with errors in one line that say what to do."""
+    """One Gymnasium environment, with errors in one line that say what to do. Atari games as in Mnih et al. 2015: every fourth frame, grey, 84 x 84."""
     spec = _spec(env)
+    atari = str(spec.entry_point).startswith("ale_py.")
     try:
-        return gymnasium.make(spec, disable_env_checker=True, **options)
+        one = gymnasium.make(spec, disable_env_checker=True, **options, **({"frameskip": 1} if atari else {}))
+        return gymnasium.wrappers.AtariPreprocessing(one) if atari else one
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(_missing(env, error)) from None
     except gymnasium.error.Error as error:
@@ -389,14 +398,27 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
 
 
 def _missing(env: str, error: Exception) -> str:
-    return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[rl]'"
+    extra = "atari" if env.startswith("ALE/") else "rl"
+    return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[{extra}]'"
 
 
 def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
+    if env.startswith("ALE/") and env not in gymnasium.registry:
+        try:
+            import ale_py
+        except ImportError as error:
+            raise UsageError(_missing(env, error)) from None
+        gymnasium.register_envs(ale_py)
+    module, colon, name = env.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)  # which registers it
+        except ImportError as error:
+            raise UsageError(f"{env}: the module {module!r} cannot be imported ({str(error).splitlines()[0]})") from None
     try:
-        return gymnasium.spec(env)
+        return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        near = _nearest(env)
+        near = _nearest(name)
         raise UsageError(f"unknown environment {env!r}" + (f"; nearest: {', '.join(near)}" if near else f" ({str(error).splitlines()[0]})")) from None
 
 

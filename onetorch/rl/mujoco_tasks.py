@@ -7,6 +7,7 @@ MuJoCo lets go of Python's lock, so that threads share the work.
 Todorov, Erez, Tassa 2012, "MuJoCo: a physics engine for model-based control"; the tasks are described at gymnasium.farama.org.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ class MujocoEnvs:
     def step(self, act: Tensor) -> Step:
         given = self.to_env(act)
         obs, reward, terminated = self.simulate(given)
-        if not (np.isfinite(reward).all() and np.isfinite(obs).all()):
+        if not math.isfinite(np.add.reduce(obs, None) + np.add.reduce(reward)):  # one NaN or infinity makes the sum one
             self._name(obs, reward, given)
         truncated = self.episodes.length >= self.task.max_steps - 1
         done = terminated | truncated
@@ -270,7 +271,10 @@ class MujocoEnvs:
         return next_obs, torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(terminated), torch.from_numpy(truncated)
 
     def _name(self, obs: np.ndarray, reward: np.ndarray, act: np.ndarray) -> None:
-        i = int((~np.isfinite(obs).all(1) | ~np.isfinite(reward)).nonzero()[0][0])
+        bad = (~np.isfinite(obs).all(1) | ~np.isfinite(reward)).nonzero()[0]
+        if not bad.size:
+            return  # only the sum was too large
+        i = int(bad[0])
         when = f"step {self.episodes.length[i] + 1} of episode {self.episode[i]}"
         what = f"reward {reward[i]}" if np.isfinite(obs[i]).all() else f"observation {shown(obs[i])}"
         raise RunError(f"{self.env} number {i} gave the {what} at {when}: expected finite numbers (it was given the action {shown(act[i])})")

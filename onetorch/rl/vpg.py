@@ -49,6 +49,7 @@ class Config:
     gamma: float = 0.99  # discount
     lam: float = 0.97  # lambda of GAE: 0 is one-step, 1 is Monte Carlo
     entropy_coef: float = 0.0  # weight of the entropy bonus
+    frame_stack: int = 1  # an observation is the last so many
     normalize_obs: bool = False  # observations by their running mean and standard deviation
     normalize_reward: bool = True  # rewards by the running standard deviation of the discounted return
     hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of pi and of v
@@ -56,7 +57,7 @@ class Config:
     log_std: float = -0.5  # logarithm of the standard deviation of Box actions at the start
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "value_epochs", "value_minibatches"):
+        for name in ("total_steps", "batch_size", "frame_stack", "value_epochs", "value_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "value_lr"):
@@ -86,13 +87,17 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, multi=True, images=True)
+
+
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(environments.spaces(config.env, multi=True, images=True), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
 def example(config: Config) -> Tensor:
     """Observations for the module to answer, when it is shared."""
-    return example_obs(environments.spaces(config.env, multi=True, images=True), 8)
+    return example_obs(spaces(config), 8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:
@@ -100,7 +105,8 @@ def begin(config: Config, num_envs: int, backend: str) -> State:
     model = build(config)
     groups = [{"params": model.policy_parameters(), "lr": config.lr}, {"params": list(model.v.parameters()), "lr": config.value_lr}]
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
-    return State(model, torch.optim.Adam(groups, fused=True), environments.make(config.env, num_envs, config.seed, backend), reward_norm)
+    envs = environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack)
+    return State(model, torch.optim.Adam(groups, fused=True), envs, reward_norm)
 
 
 def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
@@ -175,4 +181,4 @@ def evaluate(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)
