@@ -260,7 +260,7 @@ def train(config: Config, run: Run) -> Agent:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
-            explore(config, trial, warm=True)
+            explore(config, trial, True)
         return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
 
     threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
@@ -273,20 +273,22 @@ def train(config: Config, run: Run) -> Agent:
     seen: dict[str, Any] = {}
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
-        explore(config, state, warm=step <= config.random_steps)
+        explore(config, state, step <= config.random_steps, run)
         if step >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
                 seen = update(config, state, state.replay.sample(config.batch_size, state.rng), run)
+        run.phase("update")
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes
             run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, **seen)
+            run.phase("logging")
         run.checkpoint(state)
     state.envs.close()
     return state.model
 
 
 @torch.no_grad()
-def explore(config: Config, state: State, warm: bool) -> None:
+def explore(config: Config, state: State, warm: bool, run: Run | None = None) -> None:
     """One step of all environments, remembered; `warm`: with actions drawn uniformly."""
     model, envs, obs = state.model, state.envs, state.envs.obs
     if not warm:
@@ -295,8 +297,12 @@ def explore(config: Config, state: State, warm: bool) -> None:
         act = torch.randint(model.act_dim, (len(obs),), generator=state.rng)
     else:
         act = torch.rand(len(obs), model.act_dim, generator=state.rng) * 2 - 1
+    if run:
+        run.phase("action")
     next_obs, reward, terminated, truncated = envs.step(act)
     state.replay.add(obs, act, reward, next_obs, terminated, truncated)
+    if run:
+        run.phase("environment")
 
 
 def evaluate(

@@ -43,31 +43,33 @@ def dtypes() -> tuple[str, ...]:
 
 
 class _Pass(torch.autograd.Function):
-    """x (B, in), flat -> (count, B, out), in C++."""
+    """x (B, in), flat -> (count, B, out), in C++, by the first `count` nets."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flat: Tensor, stack: "Stack") -> Tensor:
+    def forward(ctx: Any, x: Tensor, flat: Tensor, stack: "Stack", count: int) -> Tensor:
         lib = library()
         assert lib is not None
-        x, count, B = x.contiguous(), stack.count or 1, len(x)
+        x, B = x.contiguous(), len(x)
         hidden, out = torch.empty(count * B * sum(stack.sizes[1:-1])), torch.empty(count, B, stack.sizes[-1])
         ctx.shape = (int(stack.dtype == "bfloat16"), count, B, len(stack.sizes) - 1, (ctypes.c_int64 * len(stack.sizes))(*stack.sizes))
         ctx.save_for_backward(x, flat, hidden)
-        ctx.widest = max(stack.sizes)
+        ctx.widest, ctx.whole = max(stack.sizes), count == (stack.count or 1)
         lib.onetorch_mlp_forward(*ctx.shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         lib = library()
         assert lib is not None
         x, flat, hidden = ctx.saved_tensors
-        grad_x, grad_flat = (torch.empty_like(t) if wanted else None for t, wanted in zip((x, flat), ctx.needs_input_grad, strict=False))
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_flat = (torch.empty_like if ctx.whole else torch.zeros_like)(flat) if ctx.needs_input_grad[1] else None
         work = torch.empty(2, len(x), ctx.widest)
-        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad.contiguous(), grad_flat, grad_x, work)]
+        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad, grad_flat, grad_x, work)]
         lib.onetorch_mlp_backward(*ctx.shape, *pointers, torch.get_num_threads())
-        return grad_x, grad_flat, None
+        return grad_x, grad_flat, None, None
 
 
 class Stack(nn.Module):
@@ -90,15 +92,15 @@ class Stack(nn.Module):
         """Weights (out, in) and biases (out,) in turn, layer by layer and net by net, as views of `flat`."""
         return [part.view(shape) for part, shape in zip(flat.split([math.prod(s) for s in self.shapes]), self.shapes, strict=True)]
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """`frozen`: gradients flow to x alone."""
-        flat = self.flat.detach() if frozen else self.flat
+    def forward(self, x: Tensor, frozen: bool = False, first: int | None = None) -> Tensor:
+        """`frozen`: gradients flow to x alone. `first`: only so many of the nets are asked."""
+        flat, count = self.flat.detach() if frozen else self.flat, first or self.count or 1
         if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and library() is not None:
-            out = _Pass.apply(x, flat, self)
-            return out[0] if self.count is None else out
-        parts = iter(self.split(flat))
-        outs = [self._net(x, parts) for _ in range(self.count or 1)]
-        return outs[0] if self.count is None else torch.stack(outs)
+            out = _Pass.apply(x, flat, self, count)
+        else:
+            parts = iter(self.split(flat))
+            out = torch.stack([self._net(x, parts) for _ in range(count)])
+        return out[0] if self.count is None else out
 
     def _net(self, x: Tensor, parts: Iterator[Tensor]) -> Tensor:
         last = len(self.sizes) - 2
