@@ -23,9 +23,9 @@ def test_no_matrix_product_is_much_faster_than_the_peak() -> None:
     a = torch.randn(1024, 1024)
     seconds = []
     for _ in range(10):
-        begin = time.perf_counter()
+        begin = time.process_time()
         a @ a
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     torch.set_num_threads(before)
     assert 0.3 * found < 2 * 1024**3 / min(seconds) < 1.5 * found
 
