@@ -47,9 +47,40 @@ onetorch: create, run and share optimized PyTorch models
 RECIPE is a name from the list or the path of a file of yours (my_idea.py). `onetorch COMMAND --help` tells more.
 Exit codes: 0 done, 2 wrong usage, 3 a run failed, 130/138/143 stopped by SIGINT/SIGUSR1/SIGTERM after saving."""
 
+# What Spinning Up's users type, and what it is called here; docs/spinningup.md tells the rest. A field's own name goes first.
+ALIASES = {
+    "env_name": "env",
+    "hid": "hidden",
+    "ac_kwargs:hidden_sizes": "hidden",
+    "act": "activation",
+    "ac_kwargs:activation": "activation",
+    "clip_ratio": "clip",
+    "pi_lr": "lr",
+    "vf_lr": "value_lr",
+    "replay_size": "replay",
+    "start_steps": "random_steps",
+    "damping_coeff": "damping",
+    "cg_iters": "cg_steps",
+    "backtrack_iters": "backtracks",
+    "backtrack_coeff": "backtrack",
+}
+# … and what has no field of its own.
+ELSEWHERE = {
+    "steps_per_epoch": "--batch_size is an iteration's environment steps, --total_steps is all of them",
+    "polyak": "--tau is 1 - polyak",
+    "max_ep_len": "a time limit is the environment's: register one with max_episode_steps",
+    "num_test_episodes": "onetorch eval RUN --episodes 100 comes after the training",
+    "cpu": "the speed plan shares out the cores; --plan threads=4 fixes them",
+    "num_cpu": "the speed plan shares out the cores; --plan threads=4 fixes them",
+    "data_dir": "--dir takes the path of the folder",
+    "save_freq": "--checkpoint_seconds says how often a run is saved",
+    "train_pi_iters": "--epochs and --minibatches of each batch",
+    "train_v_iters": "--value_epochs and --value_minibatches of each batch",
+}
 TRUST_HELP = "run code of the folder that is not onetorch's nor yours; shows it first"
 RUN_FLAGS = {
     "dir": "the run's folder (else runs/RECIPE-xxxxxx)",
+    "exp_name": "the run's folder is runs/EXP_NAME",
     "plan": "fix the speed plan or a part of it: name=value,name=value",
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
@@ -60,6 +91,7 @@ RUN_FLAGS = {
 }
 SWEEP_FLAGS = {
     "dir": "the sweep's folder (else runs/sweep-RECIPE-xxxxxxxx, the same for the same trials)",
+    "exp_name": "the sweep's folder is runs/EXP_NAME",
     "plan": RUN_FLAGS["plan"],
     "slots": "trials at a time (else one per GPU, without GPUs one per core); the cores are divided among them",
     "on": "ray or ray:ADDRESS: run the trials on a Ray cluster that sees the same folder",
@@ -181,7 +213,7 @@ def _split(words: list[str]) -> tuple[list[str], Flags]:
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
+            name = re.sub(r"\[\w*\]$", "", name.replace("-", "_"))  # Spinning Up's --hid[h] gives the field a short name, which nothing here needs
             if name in flags:
                 raise UsageError(f"--{name} is given twice")
             current = flags[name] = [value] if equals else []
@@ -282,7 +314,7 @@ def _resolve(target: str, flags: Flags, gate: trust.Gate = trust.own_only) -> Re
     origin = {n: "default" if configs.get(base, n) == configs.get(plain, n) else f"recipe {name}" for n in kinds}
     values: dict[str, Any] = {}
     given: list[str] = []
-    for flag, texts in flags.items():
+    for flag, texts in _aliased(flags, kinds).items():
         field, text = _field(flag, texts, kinds, name)
         try:
             values[field] = configs.parse(text, kinds[field])
@@ -302,6 +334,19 @@ def _checked(Config: type, source: algorithm.Algorithm) -> Any:
         raise UsageError(f"{source.path}: Config() cannot be made from its defaults: {error}") from error
 
 
+def _aliased(flags: Flags, kinds: dict[str, Any]) -> Flags:
+    """The flags under the names of the fields they mean; torch.nn.Tanh is tanh."""
+    named: Flags = {}
+    written: dict[str, str] = {}
+    for flag, texts in flags.items():
+        field = ALIASES[flag] if flag not in kinds and ALIASES.get(flag) in kinds else flag
+        if field in named:
+            raise UsageError(f"--{written[field]} and --{flag} are two names of one field; give one of them")
+        written[field] = flag
+        named[field] = [t.removeprefix("torch.").removeprefix("nn.").lower() if t.startswith(("torch.nn.", "nn.")) else t for t in texts]
+    return named
+
+
 def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tuple[str, str]:
     """The field and the text of its value that a flag means; `--no-x` and a bare `--x` are for bools."""
     if flag in kinds:
@@ -314,6 +359,8 @@ def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tup
         raise UsageError(f"--{flag} takes one value, got {len(texts)}: {' '.join(texts)} (a list is written [a,b]; `onetorch sweep` takes several)")
     if flag.startswith("no_") and kinds.get(flag[3:]) is bool and not texts:
         return flag[3:], "false"
+    if flag in ELSEWHERE:
+        raise UsageError(f"{name} has no field {flag!r}: {ELSEWHERE[flag]}")
     raise UsageError(f"{name} has no field {flag!r}{nearest(flag, [*kinds, *RUN_FLAGS])}; `onetorch show {name}` lists them")
 
 
@@ -566,9 +613,7 @@ def _train(positional: list[str], flags: Flags) -> int:
     count, worker, again = _several_processes(flags)
     trusted, explain = _switches(positional, flags, "trust_code", "explain")
     target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
-    where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
-    if where == "":
-        raise UsageError("--dir: expected a folder, got an empty name")
+    where, fixed, pace = _where(flags), _one(flags, "plan"), _pace(flags)
     if _several(flags):
         made = _design(target, flags, fixed, where)
         if len(made.trials) > 1:
@@ -617,6 +662,20 @@ def _train(positional: list[str], flags: Flags) -> int:
     return _work(module, run, explain)
 
 
+def _where(flags: Flags) -> str | None:
+    """The folder that --dir or --exp_name asks for."""
+    where, name = _one(flags, "dir"), _one(flags, "exp_name")
+    if where == "":
+        raise UsageError("--dir: expected a folder, got an empty name")
+    if name is None:
+        return where
+    if where is not None:
+        raise UsageError("--exp_name and --dir both name the folder; give one of them")
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UsageError(f"--exp_name: expected a name of letters, digits, _, - and ., got {name!r}; --dir takes a path")
+    return str(Path("runs") / name)
+
+
 def _several(flags: Flags) -> Flags:
     """The flags with more than one value."""
     return {name: texts for name, texts in flags.items() if len(texts) > 1 or any(configs.RANGE.fullmatch(t) for t in texts)}
@@ -631,7 +690,9 @@ def _design(target: str, flags: Flags, fixed: str | None, where: str | None) -> 
     for taken in SWEEP_FLAGS.keys() & kinds.keys():
         raise UsageError(f"{resolved.source.path}: the field {taken} has the name of a sweep option; call it otherwise")
     grid: dict[str, list[Any]] = {}
-    for flag, texts in several.items():
+    for flag, texts in _aliased(several, kinds).items():
+        if resolved.origin.get(flag) == "command line":
+            raise UsageError(f"--{flag} is given twice")
         field, _ = _field(flag, texts[:1], kinds, resolved.name)
         try:
             grid[field] = sweep.values(texts, kinds[field])
@@ -651,9 +712,7 @@ def _fixed(text: str | None) -> dict[str, str]:
 
 def _sweep(positional: list[str], flags: Flags) -> int:
     target = _only(positional, "recipe", "sweep")
-    where, fixed, how = _one(flags, "dir"), _one(flags, "plan"), {**_place(flags), **_pace(flags)}
-    if where == "":
-        raise UsageError("--dir: expected a folder, got an empty name")
+    where, fixed, how = _where(flags), _one(flags, "plan"), {**_place(flags), **_pace(flags)}
     return _run_sweep(_design(target, flags, fixed, where), **how)
 
 
