@@ -40,8 +40,11 @@ class EMA:
         self.updates += 1
 
     @contextlib.contextmanager
-    def swapped(self, rate: float) -> Iterator[None]:
-        """Within it the model holds the average of `rate`, after it its own weights again."""
+    def swapped(self, rate: float | None) -> Iterator[None]:
+        """Within it the model holds the average of `rate`, after it its own weights again; None leaves it its own."""
+        if rate is None:
+            yield
+            return
         average = self._averages[self.rates.index(rate)]
         self._swap(average)
         try:

@@ -2,8 +2,9 @@
 
 The model is that of Radford et al. (2019) with what has proved quick to train since: rotary positions (Su et al. 2021), normalized queries and keys (Henry
 et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed byte n-grams beside
-those of single bytes (as in Clark et al. 2022). Matrices are trained by Muon (Jordan et al. 2024), which makes the update orthogonal, embeddings and head
-by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022). Weights are float32; the arithmetic may be bfloat16.
+those of single bytes (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
+(Jordan et al. 2024), which makes the update orthogonal, embeddings and head by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022).
+Weights are float32; the arithmetic may be bfloat16.
 
 | symbol | shape     | meaning                                     |
 |--------|-----------|---------------------------------------------|
@@ -16,7 +17,10 @@ by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022)
 | loss   |           | nats per byte; bits per byte = loss / ln 2  |
 """
 
+import functools
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onetorch.generative import data, ngram, sampling
+from onetorch.generative import attention, data, ngram, sampling, schedules
+from onetorch.generative.divergence import Divergence
+from onetorch.generative.ema import EMA
 from onetorch.runs import provenance
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
@@ -48,35 +54,62 @@ class Config:
     ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the byte n-grams that are embedded too
     ngram_rows: int = 131_072  # rows of the table of hashed n-grams, shared by all orders
     ngram_width: int = 32  # columns of it
+    attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a byte sees: all before it, or a pattern of the Sparse Transformer
+    stride: int = 128  # of the sparse patterns, in bytes
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
     lr_matrix: float = 0.04  # Muon's step size: matrices of the blocks
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
     momentum: float = 0.9  # Muon's
+    base_width: int | None = None  # the rates were chosen at this width and are carried over to `width` (mu-P); none: they are this width's
+    base_batch: int | None = None  # the rates were chosen with this batch: they grow with the root of the batch; none: they are this batch's
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
     warmup: int = 5  # steps in which the rates rise from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates fall to zero
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall
+    lr_floor: float = 0.0  # what they fall to, as a fraction of themselves
+    clip: float | None = None  # greatest norm of the gradient
+    accumulate: int = 1  # parts that a batch is computed in, one after the other: the same gradient with less memory
+    batch_stages: tuple[float, ...] = (1.0,)  # fractions of the batch, each for an equal part of the steps
+    context_stages: tuple[float, ...] = (1.0,)  # fractions of the context, likewise
+    ema: tuple[float, ...] = ()  # rates of the weights' moving averages, which are evaluated beside the weights themselves
+    final: Literal["raw", "ema"] = "raw"  # the weights that the run ends with: its own, or the average of the first rate
     eval_every: int = 200  # steps between two evaluations
     eval_windows: int = 64  # windows in them; the evaluation after training takes all
+    eval_samples: int = 2  # samples of text at each, to media/
+    eval_seconds: float = 1.0  # writing them stops after so long
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "layers", "heads", "width", "ngram_rows", "ngram_width", "warmup", "eval_every"):
+        for name in ("steps", "batch", "context", "layers", "heads", "width", "ngram_rows", "ngram_width", "warmup", "eval_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr_matrix", "lr_embedding", "lr_head", "clip", "base_width", "base_batch"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("batch_stages", "context_stages"):
+            if not getattr(self, name) or not all(0 < fraction <= 1 for fraction in getattr(self, name)):
+                raise ValueError(f"{name} must be fractions above 0 and at most 1, got {getattr(self, name)}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads}, got {self.width}")
-        for name in ("lr_matrix", "lr_embedding", "lr_head"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.attention != "dense" and not 64 <= self.stride <= self.context:
+            raise ValueError(f"stride must lie in 64 to the context of {self.context}, got {self.stride}")
         if not all(2 <= n <= 6 for n in self.ngram_orders):
             raise ValueError(f"ngram_orders must lie in 2 to 6, got {self.ngram_orders}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor must lie in 0 to 1, got {self.lr_floor}")
         if self.rotary_base <= 1:
             raise ValueError(f"rotary_base must be above 1, got {self.rotary_base}")
+        if not all(0 <= rate < 1 for rate in self.ema):
+            raise ValueError(f"ema must be rates of at least 0 and below 1, got {self.ema}")
+        if self.final == "ema" and not self.ema:
+            raise ValueError("final is ema, but ema names no rate; --ema 0.99 averages the weights")
         if self.eval_windows < 2:
             raise ValueError(f"eval_windows must be at least 2, got {self.eval_windows}")
+        if self.eval_samples < 0 or self.eval_seconds < 0:
+            raise ValueError(f"eval_samples and eval_seconds must be at least 0, got {self.eval_samples} and {self.eval_seconds}")
 
 
 def norm(x: Tensor) -> Tensor:
@@ -94,6 +127,9 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
 class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -102,16 +138,13 @@ class Block(nn.Module):
         self.qkv, self.out = Linear(C, 3 * C), Linear(C, C, scale=0.0)
         self.up, self.down = Linear(C, 4 * C), Linear(4 * C, C, scale=0.0)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor, sdpa: bool) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, attend: Attend) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(norm(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k = rotate(norm(qkv[:, :, :2]), rotary).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         v = qkv[:, :, 2].transpose(1, 2)
         scale = 1.4 / math.sqrt(q.size(-1))  # normalized queries cannot grow, so attention must be able to be sharp from the start
-        if sdpa:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            y = torch.softmax(q @ (k * scale).transpose(-2, -1) + mask, dim=-1) @ v  # scores (B, H, T, T)
+        y = attend(q, k, v, scale)  # (B, H, T, D)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.relu(self.up(norm(x))).square())
 
@@ -122,14 +155,13 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Logits of the next byte. `dtype` is that of the arithmetic and `sdpa` the attention's path; the speed plan sets both, they are no part of the model."""
+    """Logits of the next byte. `dtype` is that of the arithmetic and `path` the attention's way; the speed plan sets both, they are no part of the model."""
 
     rotary: Tensor  # (2, context, 1, 1, D)
-    mask: Tensor  # (context, context)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.dtype, self.sdpa = config, torch.float32, False
+        self.config, self.dtype, self.path = config, torch.float32, paths(config)[0]
         self.bytes = nn.Embedding(BYTES, config.width)
         self.ngrams = nn.Embedding(config.ngram_rows, config.ngram_width)
         nn.init.normal_(self.ngrams.weight, std=0.02)
@@ -140,7 +172,7 @@ class GPT(nn.Module):
         angle = torch.arange(config.context)[:, None] * config.rotary_base ** -(torch.arange(D // 2) * 2 / D)  # (T, D / 2)
         cos_sin = torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], 1)])  # (2, T, D)
         self.register_buffer("rotary", cos_sin[:, :, None, None], persistent=False)
-        self.register_buffer("mask", torch.full((config.context, config.context), float("-inf")).triu(1), persistent=False)
+        self._seen: dict[int, list[attention.Pattern]] = {}
 
     def hashed(self, tokens: Tensor) -> Tensor:
         """Rows (B, T, len(orders)) of the table for the n-grams that end at each byte; a window begins as after bytes of a kind of their own."""
@@ -151,20 +183,51 @@ class GPT(nn.Module):
                 rows.append((key * 0x9E3779B97F4A7C1 >> 20) % self.config.ngram_rows)  # multiplicative hashing; the product wraps
         return torch.stack(rows, -1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, 256) float32 of the byte after each of tokens (B, T) int64, T at most the context."""
-        T = tokens.size(1)
-        x = self.bytes(tokens).to(self.dtype)  # (B, T, C)
+    def seen(self, T: int) -> list[attention.Pattern]:
+        """What each of T positions sees, for every layer."""
+        if T not in self._seen or self._seen[T][0].layout.device != self.rotary.device:
+            c = self.config
+            self._seen[T] = [attention.pattern(c.attention, T, c.stride, i, c.heads).to(self.rotary.device) for i in range(c.layers)]
+        return self._seen[T]
+
+    def forward(self, tokens: Tensor, cache: attention.Cache | None = None) -> Tensor:
+        """Logits (B, T, 256) float32 of the byte after each of tokens (B, T) int64, T at most the context.
+
+        With a cache the first `cache.length` tokens have been seen already, and the logits are those after the others.
+        """
+        start, T = cache.length if cache else 0, tokens.size(1)
+        x = self.bytes(tokens[:, start:]).to(self.dtype)  # (B, T, C)
         if self.config.ngram_orders:
-            x = x + self.mix(self.ngrams(self.hashed(tokens)).sum(2).to(self.dtype))
-        rotary, mask = self.rotary[:, :T].to(self.dtype), self.mask[:T, :T].to(self.dtype)
+            since = max(start + 1 - max(self.config.ngram_orders), 0)  # no n-gram reaches farther back
+            x = x + self.mix(self.ngrams(self.hashed(tokens[:, since:])[:, start - since :]).sum(2).to(self.dtype))
+        rotary = self.rotary[:, start:T].to(self.dtype)
         x = norm(x)
-        for block in self.blocks:
-            x = block(x, rotary, mask, self.sdpa)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, functools.partial(self._attend, layer, start, cache))
+        if cache:
+            cache.length = T
         return self.head(norm(x)).float()
 
+    def _attend(self, layer: int, start: int, cache: attention.Cache | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if cache:
+            k, v = cache.extend(layer, k, v, self.config.context)
+        T, path = k.size(2), self.path if start == 0 else "explicit"
+        mask = None
+        if path == "explicit":
+            at = torch.arange(T, device=q.device)
+            allowed = at[start:, None] >= at if self.config.attention == "dense" else self.seen(self.config.context)[layer].allowed[..., start:T, :T]
+            mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
+        return attention.attend(q, k, v, path, scale, mask, self.seen(T)[layer] if path == "blocks" else None)
 
-def nll(model: GPT, window: Tensor) -> Tensor:
+
+def paths(config: Config) -> tuple[str, ...]:
+    """The ways to compute this attention that are worth a measurement."""
+    if config.attention != "dense":
+        return ("blocks",)
+    return ("explicit", "sdpa") if config.context <= attention.LONG else ("sdpa", "blocks")
+
+
+def nll(model: nn.Module, window: Tensor) -> Tensor:
     """-ln p (B, T) of each byte of window (B, T + 1) but the first, given those before it in the window."""
     logits = model(window[:, :-1])  # (B, T, 256)
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
@@ -180,17 +243,28 @@ def example(config: Config) -> Tensor:
 
 
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to."""
-    matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix}
-    tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding}
-    dense = {"params": [model.head.weight, model.mix.weight], "rate": config.lr_head}
+    """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to.
+
+    Of all rates the head's alone depends on the width (mu-P, Yang et al. 2022): an Adam step changes a logit by the sum of C entries of one sign. Muon's steps
+    have the same spectral norm at every width, and those of the embeddings the same size in every entry. With the batch the rates grow as its root (Malladi
+    et al. 2022).
+    """
+    grown = math.sqrt(config.batch / (config.base_batch or config.batch))
+    narrowed = (config.base_width or config.width) / config.width
+    matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
+    tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
+    head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
+    mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
     muon = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
-    return muon, torch.optim.AdamW([tables, dense], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+    return muon, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
 
 
-def schedule(step: int, config: Config) -> float:
-    """The factor of all rates in step 1 … steps: up in `warmup` steps, constant, down to zero just after the last."""
-    return min(1.0, step / config.warmup, (config.steps + 1 - step) / (config.decay * config.steps))
+def flops(config: Config, T: int) -> float:
+    """Floating point operations of a training step on one window of T bytes: two for each weight of a matrix and byte forward, twice that backward, and for
+    each pair of query and key that attention's mathematics asks for 4 D forward and 8 D backward. Table look-ups cost none."""
+    weights = config.layers * 12 * config.width**2 + config.width * (BYTES + config.ngram_width * bool(config.ngram_orders))
+    seen = [None if config.attention == "dense" else attention.pattern(config.attention, T, config.stride, i, config.heads) for i in range(config.layers)]
+    return 6.0 * weights * T + 12.0 * config.width / config.heads * sum(attention.pairs(p, T, config.heads) for p in seen)
 
 
 @dataclass
@@ -198,8 +272,11 @@ class State:
     model: GPT
     muon: torch.optim.Optimizer
     adam: torch.optim.Optimizer
+    ema: EMA
+    divergence: Divergence
     generator: torch.Generator  # draws the batches: the position in the data
     text: str  # digest of the text
+    tokens: int = 0  # seen so far
     iteration: int = 0
 
 
@@ -209,41 +286,63 @@ def train(config: Config, run: Run) -> GPT:
     torch.manual_seed(config.seed)
     plan = run.plan(
         lambda choice: trial(config, choice),
-        key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows}",
+        key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride}",
         dtype=("float32", "bfloat16"),
         threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
-        attention=("explicit", "sdpa"),
+        attention=paths(config),
     )
     model = prepare(build(config), plan)
+    run.initialize(model)
     muon, adam = optimizers(model, config)
     digest = data.digest(text)
-    state = run.restore(State(model, muon, adam, torch.Generator().manual_seed(config.seed), digest))
+    generator = torch.Generator().manual_seed(config.seed)
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, digest))
     if state.text != digest:
         raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+    cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
     for state.iteration in run.steps(state.iteration, config.steps):
+        factor = schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay, config.lr_floor)
         for group in muon.param_groups + adam.param_groups:
-            group["lr"] = group["rate"] * schedule(state.iteration, config)
-        window = data.batch(train_text, config.batch, config.context, state.generator).to(plan["device"])
-        loss = nll(model, window).mean()
-        loss.backward()
+            group["lr"] = group["rate"] * factor
+        rows = max(round(config.batch * schedules.staged(state.iteration, config.steps, config.batch_stages)), 1)
+        T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
+        window = data.batch(train_text, rows, T, state.generator).to(plan["device"])
+        loss = gradient(model, window, config.accumulate)
         grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         run.finite(loss=loss, grad_norm=grad_norm)
+        state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
+        if config.clip is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, grad_norm)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
+        state.ema.update()
+        if state.iteration == config.steps and config.final == "ema":
+            state.ema.keep(config.ema[0])
+        state.tokens += rows * T
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
-            val_loss, val_se, _ = score(model, held_out, config.eval_windows)
-            evaluated = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2), "val_bpb_se": val_se / math.log(2)}
-        run.log(state.iteration, loss=loss, grad_norm=grad_norm, **evaluated)
+            evaluated = validate(model, state.ema, held_out, config)
+            (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
     return model
 
 
+def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
+    """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
+    total = torch.zeros((), device=window.device)
+    for part in window.chunk(accumulate):
+        loss = nll(model, part).mean() * (len(part) / len(window))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 def prepare(model: GPT, choice: dict) -> GPT:
     """The model on its device, computing as the speed plan says."""
-    model.dtype, model.sdpa = getattr(torch, choice["dtype"]), choice["attention"] == "sdpa"
+    model.dtype, model.path = getattr(torch, choice["dtype"]), choice["attention"]
     return model.to(choice["device"])
 
 
@@ -261,22 +360,68 @@ def score(model: GPT, text: data.Text, count: int | None = None) -> tuple[float,
     The error is that of batch means: windows are taken together in up to 40 runs of neighbours, whose likeness a window's own variance would hide.
     """
     device = model.head.weight.device
-    losses = [nll(model, w.to(device)).double().cpu() for w in data.windows(text, model.config.context, count=count)]
+    rows = max(64 * 256 // model.config.context, 1)
+    losses = [nll(model, w.to(device)).double().cpu() for w in data.windows(text, model.config.context, rows, count)]
     means = np.concatenate([x.mean(1).numpy() for x in losses])
     sizes = np.concatenate([np.full(len(x), float(x.size(1))) for x in losses])
     return float(means @ sizes / sizes.sum()), data.block_standard_error(means, sizes), int(sizes.sum())
 
 
+def validate(model: GPT, ema: EMA, held_out: data.Text, config: Config) -> dict[str, float]:
+    """The columns of an evaluation during training: of the weights themselves and of each of their averages."""
+    loss, se, _ = score(model, held_out, config.eval_windows)
+    columns = {"val_loss": loss, "val_bpb": loss / math.log(2), "val_bpb_se": se / math.log(2)}
+    for rate in ema.rates:
+        with ema.swapped(rate):
+            columns[f"val_bpb_ema_{rate:g}"] = score(model, held_out, config.eval_windows)[0] / math.log(2)
+    return columns
+
+
+def show(model: GPT, ema: EMA, config: Config) -> str:
+    """Samples of the weights and, where there is one, of their first average, within the seconds that the config grants; the same seed for both."""
+    parts = []
+    for rate in (None, *ema.rates[:1]) if config.eval_samples else ():
+        with ema.swapped(rate):
+            generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
+            texts = generate(model, b"\n", 400, generator, config.eval_samples, 0.8, seconds=seconds)
+        name = f", average {rate:g}" if rate is not None else ""
+        parts += [f"--- sample {i}{name} ---\n{t.decode(errors='replace')}\n" for i, t in enumerate(texts, 1)]
+    return "\n".join(parts)
+
+
 @torch.no_grad()
-def generate(model: GPT, prompt: bytes, length: int, generator: torch.Generator, rows: int = 1, temperature: float = 1.0, top_k: int = 0) -> list[bytes]:
-    """`rows` continuations of `prompt` (one byte at least) by `length` bytes, each returned with the prompt before it."""
+def generate(
+    model: GPT,
+    prompt: bytes,
+    length: int,
+    generator: torch.Generator,
+    rows: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    cached: bool = True,
+    seconds: float = math.inf,
+) -> list[bytes]:
+    """`rows` continuations of `prompt` (one byte at least) by `length` bytes, each returned with the prompt before it; shorter where `seconds` are over.
+
+    The model sees at most its context: when that is full it begins again with the last half. A cache keeps the keys and values of what it has seen; without
+    it (`cached`) the text is the same and takes longer.
+    """
     if not prompt:
         raise ValueError("prompt must hold at least one byte, got none")
-    device = model.head.weight.device
+    device, context, end = model.head.weight.device, model.config.context, time.perf_counter() + seconds
     tokens = torch.tensor(list(prompt), device=device).repeat(rows, 1)  # (rows, bytes so far)
+    begin, cache = max(tokens.size(1) - context, 0), attention.Cache()
     for _ in range(length):
-        logits = model(tokens[:, -model.config.context :])[:, -1]  # (rows, 256)
-        tokens = torch.cat([tokens, sampling.sample(logits.cpu(), generator, temperature, top_k).to(device)[:, None]], 1)
+        if time.perf_counter() > end:
+            break
+        if tokens.size(1) - begin > context:
+            begin, cache = tokens.size(1) - max(context // 2, 1), attention.Cache()
+        logits = model(tokens[:, begin:], cache if cached else None)[:, -1]  # (rows, 256)
+        chosen = sampling.sample(logits.cpu(), generator, temperature, top_k, top_p, min_p)
+        tokens = torch.cat([tokens, chosen.to(device)[:, None]], 1)
     return [bytes(row) for row in tokens.tolist()]
 
 
@@ -291,18 +436,20 @@ def evaluate(
     prompt: str = "\n",
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     count_model: bool = True,
 ) -> dict[str, float | int | str]:
     """Bits per byte on the held-out split with standard error, beside those of the count model; samples to media/samples.txt.
 
-    windows: how many are scored, evenly spread; none: all. samples, length (bytes), prompt, temperature, top_k: of the text that is written.
+    windows: how many are scored, evenly spread; none: all. samples, length (bytes), prompt, temperature, top_k, top_p, min_p: of the text that is written.
     Raises UsageError naming an option that is out of range.
     """
     for name, value, least in (("windows", windows, 2), ("samples", samples, 1), ("length", length, 1), ("prompt's length", len(prompt), 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
     try:
-        sampling.check(temperature, top_k)
+        sampling.check(temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UsageError(str(error)) from error
     text = data.read(config.data)
@@ -314,7 +461,7 @@ def evaluate(
     results |= {"bytes": count, "parameters": sum(p.numel() for p in model.parameters())}
     if media is not None:
         generator = torch.Generator().manual_seed(config.seed)
-        texts = generate(model, prompt.encode(), length, generator, samples, temperature, top_k)
+        texts = generate(model, prompt.encode(), length, generator, samples, temperature, top_k, top_p, min_p)
         written = "\n\n".join(f"--- sample {i} ---\n{t.decode(errors='replace')}" for i, t in enumerate(texts, 1))
         (media / "samples.txt").write_text(written + "\n", encoding="utf-8")
     return results

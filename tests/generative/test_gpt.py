@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import subprocess
@@ -84,7 +85,7 @@ def test_a_block_is_the_formula_written_out() -> None:
     model, x = model_with_weights(), torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(2))
     block = model.blocks[0]
     with torch.no_grad():
-        found = block(x, model.rotary[:, :3], model.mask[:3, :3], False)
+        found = block(x, model.rotary[:, :3], functools.partial(model._attend, 0, 0, None))
 
         def normalized(v: Tensor) -> Tensor:
             return (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
@@ -110,11 +111,12 @@ def test_a_block_is_the_formula_written_out() -> None:
     assert torch.allclose(found[0], torch.stack(expected), atol=1e-4)
 
 
-def test_both_attention_paths_agree() -> None:
+def test_all_attention_paths_agree() -> None:
     model, window = model_with_weights(), tokens(3, 16)
     explicit = model(window)
-    model.sdpa = True
-    assert torch.allclose(model(window), explicit, atol=1e-4)
+    for path in ("sdpa", "blocks"):
+        model.path = path
+        assert torch.allclose(model(window), explicit, atol=1e-4), path
 
 
 def test_bfloat16_changes_the_loss_little_and_keeps_float32_weights_and_gradients() -> None:
@@ -164,11 +166,6 @@ def test_parameters_are_shared_out_among_the_optimizers() -> None:
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
-def test_schedule_by_hand() -> None:
-    config = replace(TINY, steps=10, warmup=2, decay=0.4)
-    assert [gpt.schedule(s, config) for s in range(1, 11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-
-
 def test_score_is_the_mean_over_every_byte_but_the_first() -> None:
     model, text = model_with_weights(), tokens(16 * 5 + 4).numpy().astype(np.uint8)  # 5 windows and one of 3
     with torch.no_grad():
@@ -187,8 +184,8 @@ def test_samples_follow_prompt_temperature_and_generator() -> None:
     assert greedy[0] == greedy[1]
     assert greedy[0][:2] == b"ab"
     assert len(greedy[0]) == 22
-    window = torch.tensor([list(greedy[0][4:20])])  # the last step sees the last 16 bytes only
-    assert model(window)[0, -1].argmax() == greedy[0][20]
+    for seen, chosen in ((greedy[0][:16], 16), (greedy[0][9:17], 17), (greedy[0][9:21], 21)):  # full after 16, it begins again with the last 8
+        assert model(torch.tensor([list(seen)]))[0, -1].argmax() == greedy[0][chosen]
     drawn = [gpt.generate(model, b"a", 9, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(ValueError, match="prompt"):
