@@ -1,8 +1,9 @@
-"""What a run costs beside the training: a row of metrics, a turn of the loop, a checkpoint.
+"""What a run costs beside the training: a row of metrics, a turn of the loop, the name of a phase, a checkpoint.
 
     python benchmarks/overheads.py [--rows 20000] [--saves 30] [--out benchmarks/results/overheads.json]
 
-Targets: a row of five scalars at most 20 microseconds (median of single calls); an atomic checkpoint with hashes at most 1.3 times `torch.save` and fsync of
+Targets: a row of five scalars at most 20 microseconds (median of single calls); `run.phase` at most 0.5 (mean over many);
+an atomic checkpoint with hashes at most 1.3 times `torch.save` and fsync of
 the same state (median of the ratios of neighbours, the two in turn, after a warm-up, since a file system's first pages cost more than recycled ones).
 Plain `torch.save` overwrites one file, as most people do; a run removes its oldest checkpoint in a thread while training goes on, which is timed by itself.
 Exits 1 on a miss.
@@ -26,6 +27,7 @@ import onetorch
 from onetorch.runs import checkpoint, provenance
 
 ROW_TARGET = 20.0  # microseconds
+PHASE_TARGET = 0.5  # microseconds
 SAVE_TARGET = 1.3  # times plain
 
 
@@ -41,7 +43,7 @@ class State:
 
 
 def rows(folder: Path, count: int) -> dict[str, float]:
-    """Microseconds of one `run.log` of five scalars, flushes to the file included, and of one turn of `run.steps` with `run.checkpoint` not due."""
+    """Microseconds of one `run.log` of five scalars, flushes to the file included, of one turn of `run.steps` with `run.checkpoint` not due, of `run.phase`."""
     with onetorch.Run(folder, Config(), quiet=True) as run:
         logs, turns = [], []
         state = run.restore(State(nn.Linear(2, 2)))
@@ -55,6 +57,11 @@ def rows(folder: Path, count: int) -> dict[str, float]:
             now = time.perf_counter()
             turns.append(now - mark - logs[-1])
             mark = now
+        begin = time.perf_counter()
+        for _ in range(count):
+            run.phase("action")
+            run.phase("environment")
+        phase = (time.perf_counter() - begin) / (2 * count)
     size = (folder / "metrics.jsonl").stat().st_size
     return {
         "row_us_median": 1e6 * statistics.median(logs),
@@ -63,6 +70,7 @@ def rows(folder: Path, count: int) -> dict[str, float]:
         "row_bytes": size / count,
         "turn_us_median": 1e6 * statistics.median(turns),
         "turn_us_mean": 1e6 * statistics.mean(turns),
+        "phase_us_mean": 1e6 * phase,
     }
 
 
@@ -114,6 +122,7 @@ def main() -> int:
         mean, tail = log["row_us_mean"], log["row_us_p99"]
         sys.stdout.write(f"a row of five scalars: {log['row_us_median']:.1f} us (mean {mean:.1f}, p99 {tail:.1f}; <= {ROW_TARGET})\n")
         sys.stdout.write(f"a turn of run.steps and run.checkpoint, not due: {log['turn_us_median']:.2f} us (mean {log['turn_us_mean']:.2f})\n")
+        sys.stdout.write(f"the name of a phase: {log['phase_us_mean']:.3f} us (<= {PHASE_TARGET})\n")
         result["checkpoint"] = {}
         for megabytes in (1, 10, 100):
             place = Path(name) / str(megabytes)
@@ -126,6 +135,7 @@ def main() -> int:
             )
     missed = [f"{size}: {row['ratio_median']:.2f}" for size, row in result["checkpoint"].items() if row["ratio_median"] > SAVE_TARGET]
     missed += [f"row: {log['row_us_median']:.1f} us"] if log["row_us_median"] > ROW_TARGET else []
+    missed += [f"phase: {log['phase_us_mean']:.3f} us"] if log["phase_us_mean"] > PHASE_TARGET else []
     result["missed"] = missed
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -52,6 +52,7 @@ RUN_FLAGS = {
     "plan": "fix the speed plan or a part of it: name=value,name=value",
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
+    "explain": "at the end, where the time went, phase by phase, beside what this machine does at most",
     "from": "begin with the weights of a run, a model folder (path or URL), a .safetensors or a .pt file",
     "trust_code": TRUST_HELP,
 }
@@ -63,7 +64,7 @@ SWEEP_FLAGS = {
     "time_limit": RUN_FLAGS["time_limit"],
     "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
 }
-RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "trust_code")}
+RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "explain", "trust_code")}
 SHARE_FLAGS = {
     "license": "the licence others get, as an SPDX identifier: MIT, Apache-2.0, CC-BY-4.0; without one nobody may use it unasked",
     "allow": "share these findings all the same: FILE or FILE:LINE, several",
@@ -535,7 +536,7 @@ def _pace(flags: Flags) -> dict[str, Any]:
 
 
 def _train(positional: list[str], flags: Flags) -> int:
-    (trusted,) = _switches(positional, flags, "trust_code")
+    trusted, explain = _switches(positional, flags, "trust_code", "explain")
     target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
     where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
     if where == "":
@@ -545,6 +546,8 @@ def _train(positional: list[str], flags: Flags) -> int:
         if len(made.trials) > 1:
             if begin is not None:
                 raise UsageError("--from begins one run; a sweep's trials begin with the algorithm's own weights")
+            if explain:
+                raise UsageError("--explain is of one run; give every field one value")
             return _run_sweep(made, **pace)
     resolved = _resolve(target, flags, _gate(trusted, False, trust.own_only))
     path = Path(where) if where else _free_folder(resolved.name)
@@ -571,9 +574,10 @@ def _train(positional: list[str], flags: Flags) -> int:
         weights=weights,
         origin=origin,
         fixed=plan.parse(fixed or ""),
+        explain=explain,
         **pace,
     )
-    return _work(module, run)
+    return _work(module, run, explain)
 
 
 def _several(flags: Flags) -> Flags:
@@ -652,10 +656,12 @@ def _free_folder(name: str) -> Path:
 def _resume(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import sweep
 
-    (trusted,) = _switches(positional, flags, "trust_code")
+    trusted, explain = _switches(positional, flags, "trust_code", "explain")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
     if sweep.is_sweep(path):
+        if explain:
+            raise UsageError("--explain is of one run, not of a sweep")
         how = _place(flags)
         _nothing_left(flags, (*RESUME_FLAGS, "slots", "on"), "resume of a sweep")
         return _run_sweep(sweep.load(path), **how, **pace)
@@ -669,10 +675,10 @@ def _resume(positional: list[str], flags: Flags) -> int:
     module = source.load()
     from onetorch.runs.run import Run
 
-    return _work(module, Run(path, folder.config(path, module.Config), resume=True, **pace))
+    return _work(module, Run(path, folder.config(path, module.Config), resume=True, explain=explain, **pace), explain)
 
 
-def _work(module: Any, run: Any) -> int:
+def _work(module: Any, run: Any, explain: bool = False) -> int:
     """Train, evaluate, draw; whatever happens, the run's record says so."""
     from onetorch.runs import plan, report
 
@@ -698,10 +704,33 @@ def _work(module: Any, run: Any) -> int:
     except Exception as error:
         error.add_note(f"the run in {run.folder} failed")
         raise
+    if explain:
+        _explain(run)
     _print("  ".join(f"{k} {_number(v)}" for k, v in results.items()))
     _print(f"run: {run.folder}  ({_cost(run.record)})")
     _print(f"again: {again}")
     return 0
+
+
+def _explain(run: Any) -> None:
+    """Where the time of this process's loop went, phase by phase, beside what this machine does at most."""
+    phases, progress, plan = run.phases(), run.record["progress"], run.record["plan"]
+    if not phases:
+        _print("no phases: the algorithm has no run.phase(…) in its loop")
+        return
+    ceilings: dict[str, float] = {}
+    if "environment" in phases and plan.get("num_envs") and plan.get("backend"):
+        from onetorch.rl import envs
+
+        ceilings["environment"] = envs.speed(run.config.env, plan["num_envs"], plan["backend"])
+    seconds, unit = sum(phases.values()), progress["unit"].removesuffix("s")
+    count = (progress["done"] - run.first) * progress["scale"]
+    rows = [("PHASE", "SECONDS", "SHARE", f"us a {unit}", f"{unit}s/s", "THIS MACHINE AT MOST")]
+    for name, spent in [*sorted(phases.items(), key=lambda item: -item[1]), ("all", seconds)]:
+        limit = f"{ceilings[name]:,.0f} {unit}s/s, the environments alone" if name in ceilings else ""
+        rate = f"{count / spent:,.0f}" if spent > 0 else ""
+        rows.append((name, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %", f"{1e6 * spent / count:.2f}" if count else "", rate, limit))
+    _table(rows)
 
 
 def _number(value: Any) -> str:

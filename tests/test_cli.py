@@ -57,6 +57,7 @@ WRONG = [
     (["train", "ppo"], "--dir=", "--dir: expected a folder"),
     (["train", "ppo"], "--time_limit soon", "--time_limit: expected a time such as 90, 90s, 10m or 2h, got 'soon'"),
     (["train", "ppo"], "--dri x", "ppo has no field 'dri' (did you mean 'dir'?)"),
+    (["train", "ppo"], "--explain --seed 0 1", "--explain is of one run"),
     (["show"], "gtp", "there is no recipe 'gtp' (did you mean 'gpt'?)"),
     (["resume"], "nowhere", "there is no folder nowhere"),
     (["resume"], ".", ". holds no run"),
@@ -272,3 +273,24 @@ def test_a_path_from_the_command_line_holds_from_everywhere(say: Any) -> None:
     resolved = cli._resolve("gpt", {"data": ["some/text.txt"]})
     assert resolved.config.data == Path.cwd() / "some" / "text.txt"
     assert resolved.given == ["--data", "some/text.txt"]
+
+
+def test_explain_says_where_the_time_went(say: Any) -> None:
+    words = ("ppo", "--total_steps", "2048", "--batch_size", "512", "--num_envs", "8", "--dir", "run", "--plan", "threads=1,backend=native", "--explain")
+    code, out, _ = say("train", *words)
+    assert code == 0
+    table = {row.split()[0]: row.split() for row in out.splitlines()[:7]}
+    assert table.keys() == {"PHASE", "environment", "action", "update", "logging", "rest", "all"}
+    recorded = folder.read_json(Path("run/run.json"))["phases"]
+    seconds = {name: float(row[1]) for name, row in table.items() if name != "PHASE"}
+    assert seconds["all"] == pytest.approx(sum(recorded.values()), abs=0.01)
+    assert {name: seconds[name] for name in recorded} == pytest.approx(recorded, abs=0.006)
+    ceiling = float(table["environment"][6].replace(",", ""))
+    assert 10_000 < ceiling < 1e8  # eight batched CartPoles alone
+    assert float(table["all"][5].replace(",", "")) < ceiling
+
+
+def test_explain_of_an_algorithm_without_phases_says_so(say: Any) -> None:
+    code, out, _ = say("train", str(IDEA), "--steps", "2", "--dir", "run", "--explain")
+    assert code == 0
+    assert out.startswith("no phases")

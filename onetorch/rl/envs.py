@@ -18,17 +18,13 @@ the actions since: loading resets, replays them, and checks that the observation
 
 import contextlib
 import difflib
-import json
 import math
 import os
-import struct
-import subprocess
-import sys
-import weakref
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -36,7 +32,11 @@ import torch
 from torch import Tensor
 
 from onetorch.rl import env_worker
+from onetorch.rl.env_groups import Here, Worker, receive
+from onetorch.rl.env_worker import MAKING, REPLAYING, RESETTING, STEPPING, Fault
 from onetorch.runs.errors import RunError, UsageError
+
+TIMEOUT = 60.0  # seconds that one reset or one step of one environment may take
 
 # what `step` returns: next_obs (N, D) float32, reward (N,) float32, terminated (N,) bool, truncated (N,) bool
 Step = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -44,11 +44,26 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spaces:
-    """What a task takes and gives: observations (D,) float32 and actions, either one of A (Discrete) or (A,) float32 in [-1, 1] (Box)."""
+    """What a task takes and gives.
 
-    obs_dim: int  # D
+    Observations are (D,) float32, or a picture (C, H, W) uint8; where a task (a Dict) has both, the pixels, 0 to 255, are the last C * H * W of the D numbers.
+    Actions are one of A (Discrete: a tensor (N,) int64), or (A,) float32 in [-1, 1] (Box: (N, A)), or K choices at once (MultiDiscrete and MultiBinary:
+    (N, K) int64, the k-th one of multi[k], A their sum).
+    """
+
+    obs_dim: int  # D; 0 where observations are pictures alone
     act_dim: int  # A
-    discrete: bool
+    discrete: bool  # not Box
+    multi: tuple[int, ...] = ()  # empty for Discrete and Box
+    image: tuple[int, int, int] | None = None  # (C, H, W)
+
+    @property
+    def obs_shape(self) -> tuple[int, ...]:
+        return (self.obs_dim,) if self.obs_dim or self.image is None else self.image
+
+    @property
+    def obs_dtype(self) -> torch.dtype:
+        return torch.float32 if self.obs_dim or self.image is None else torch.uint8
 
 
 class Envs(Protocol):
@@ -153,57 +168,72 @@ class ActionMap:
     def __init__(self, space: gymnasium.Space) -> None:
         self.space = space
         if isinstance(space, gymnasium.spaces.Box):
-            self.bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(self.bounded, space.low, -1.0), np.where(self.bounded, space.high, 1.0)
+            bounded = np.isfinite(space.low) & np.isfinite(space.high)
+            low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
             self.middle, self.half = (low + high) / 2, (high - low) / 2
 
     def __call__(self, act: Tensor) -> np.ndarray:
-        if isinstance(self.space, gymnasium.spaces.Discrete):
-            return (act.numpy() + self.space.start).astype(self.space.dtype)
-        assert isinstance(self.space, gymnasium.spaces.Box)
-        scaled = self.middle + act.numpy().reshape(-1, *self.space.shape) * self.half
-        return np.clip(scaled, self.space.low, self.space.high).astype(self.space.dtype)
+        space: Any = self.space
+        if isinstance(space, gymnasium.spaces.Box):
+            scaled = self.middle + act.numpy().reshape(-1, *space.shape) * self.half
+            return np.clip(scaled, space.low, space.high).astype(space.dtype)
+        start = getattr(space, "start", 0)  # MultiBinary has none
+        return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)
 
 
 class GymEnvs:
     """N copies of a Gymnasium environment, shared out over groups in this process or in `workers` processes."""
 
-    def __init__(self, env: str, num_envs: int, seed: int, workers: int = 0) -> None:
+    def __init__(self, env: str, num_envs: int, seed: int, workers: int = 0, timeout: float = TIMEOUT) -> None:
         self.env, self.num_envs, self.seed = env, num_envs, seed
-        spec, self.spaces, action_space = _inspect(env)
-        self.action_space, self.to_env = action_space, ActionMap(action_space)
+        spec, self.spaces, self.action_space, observation = _inspect(env)
+        self.to_env = ActionMap(self.action_space)
         groups = max(1, min(workers, num_envs))
         edges = [num_envs * k // groups for k in range(groups + 1)]
         self.parts = [slice(start, stop) for start, stop in pairwise(edges)]
         self.groups: list[Worker | Here] = [
-            Worker(spec, p.stop - p.start, self.spaces, action_space) if workers else Here(spec, p.stop - p.start) for p in self.parts
-        ]
+            Worker(spec, p, observation, timeout) if workers else Here(spec, p, timeout) for p in self.parts
+        ]  # workers start side by side
+        self.closed = False
         self.episodes = Episodes(num_envs)
         self.episode = np.zeros(num_envs, np.int64)  # ordinal of the running episode
         self.next_seed = np.array([self._seed(i, 1) for i in range(num_envs)])
         self.actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]  # since the reset
-        none = np.empty((0, *action_space.shape), action_space.dtype)
+        none = np.empty((0, *self.action_space.shape), self.action_space.dtype)
         self.obs = torch.from_numpy(np.stack([self._replay(i, self._seed(i, 0), none) for i in range(num_envs)]))
-        self._check(self.obs.numpy(), np.zeros(num_envs))
+        self._check(self.obs.numpy(), RESETTING, stepping=False)
 
     def _seed(self, index: int, episode: int) -> int:
         return int(np.random.SeedSequence((self.seed, index, episode)).generate_state(1)[0])
 
     def _replay(self, index: int, seed: int, actions: np.ndarray) -> np.ndarray:
         part, group = next((p, g) for p, g in zip(self.parts, self.groups, strict=True) if p.start <= index < p.stop)
-        return group.replay(index - part.start, seed, actions)
+        try:
+            group.send_replay(index - part.start, seed, actions)
+            return receive([group])[0][0]
+        except Fault as fault:
+            raise self._named(fault, stepping=False) from None
 
     def step(self, act: Tensor) -> Step:
+        if self.closed:
+            raise RunError(f"these {self.num_envs} {self.env} are closed: make new ones")
         actions = self.to_env(act)
-        for group, part in zip(self.groups, self.parts, strict=True):
-            group.send(actions[part], self.next_seed[part])
-        answers = [group.receive() for group in self.groups]
-        next_obs, obs, reward, terminated, truncated = answers[0] if len(answers) == 1 else (np.concatenate(a) for a in zip(*answers, strict=True))
-        self._check(next_obs, reward)
-        for log, action in zip(self.actions, actions, strict=True):
-            log.append(action)
+        if len(actions) != self.num_envs:
+            raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
+        try:
+            for group, part in zip(self.groups, self.parts, strict=True):
+                group.send_step(actions[part], self.next_seed[part])
+            answers = receive(self.groups)
+        except Fault as fault:
+            raise self._named(fault, stepping=True) from None
+        reward, next_obs, obs, terminated, truncated = answers[0] if len(answers) == 1 else (np.concatenate(a) for a in zip(*answers, strict=True))
         done = terminated | truncated
         any_done = bool(done.any())
+        self._check(next_obs, STEPPING, reward, actions)
+        if any_done:
+            self._check(obs, RESETTING)
+        for log, action in zip(self.actions, actions, strict=True):
+            log.append(action)
         self.episodes.add(reward, done if any_done else None)
         for i in done.nonzero()[0] if any_done else ():
             self.actions[i] = []
@@ -212,13 +242,35 @@ class GymEnvs:
         self.obs = torch.from_numpy(obs)
         return torch.from_numpy(next_obs), torch.from_numpy(reward).float(), torch.from_numpy(terminated), torch.from_numpy(truncated)
 
-    def _check(self, obs: np.ndarray, reward: np.ndarray) -> None:
-        if not (np.isfinite(obs).all() and np.isfinite(reward).all()):
-            bad_obs, bad_reward = ~np.isfinite(obs).all(1), ~np.isfinite(reward)
-            i = int((bad_obs | bad_reward).nonzero()[0][0])
-            what = f"observation {obs[i]}" if bad_obs[i] else f"reward {reward[i]}"
-            when = f"step {self.episodes.length[i] + 1} of episode {self.episode[i]}"
-            raise RunError(f"{self.env} number {i} gave the {what} at {when}: expected finite numbers")
+    def _check(self, obs: np.ndarray, phase: int, reward: np.ndarray | None = None, actions: np.ndarray | None = None, stepping: bool = True) -> None:
+        """RunError where a number is not finite."""
+        if (obs.dtype == np.uint8 or np.isfinite(obs).all()) and (reward is None or np.isfinite(reward).all()):
+            return
+        bad_obs = np.array([not np.isfinite(row).all() for row in obs])
+        bad_reward = np.zeros(self.num_envs, bool) if reward is None else ~np.isfinite(reward)
+        i = int((bad_obs | bad_reward).nonzero()[0][0])
+        given = "" if actions is None or np.isfinite(actions[i]).all() else f" (it was given the action {actions[i]})"
+        what = f"observation {np.array2string(obs[i], max_line_width=10_000, threshold=20)}" if bad_obs[i] or reward is None else f"reward {reward[i]}"
+        fault = Fault(f"gave the {what}", f"expected finite numbers{given}")
+        fault.at = (i, phase, 0)
+        raise self._named(fault, stepping)
+
+    def _named(self, fault: Fault, stepping: bool) -> RunError:
+        """The error that says which environment did what and when. All of them are ended, since after a fault none can go on as if nothing had happened."""
+        self.closed = True
+        for group in self.groups:
+            group.kill()
+        number, phase, replayed = fault.at
+        when = {
+            MAKING: "while it was made",
+            RESETTING: f"at the reset of episode {self.episode[number] + stepping}",
+            STEPPING: f"at step {self.episodes.length[number] + 1} of episode {self.episode[number]}",
+            REPLAYING: f"at step {replayed + 1} of the replay of episode {self.episode[number]}",
+        }[phase]
+        error = RunError(f"{self.env} number {number} {fault.what} {when}" + (f": {fault.detail}" if fault.detail else ""))
+        for line in fault.trace.splitlines():
+            error.add_note(line)
+        return error
 
     def state_dict(self) -> dict[str, Any]:
         empty = np.empty((0, *self.action_space.shape), self.action_space.dtype)
@@ -232,107 +284,43 @@ class GymEnvs:
             raise ValueError(f"the saved environments are {state['env']}, these are {self.env}")
         self.seed, self.episode = int(state["seed"]), np.array(state["episode"])
         self.next_seed = np.array([self._seed(i, int(k) + 1) for i, k in enumerate(self.episode)])
-        saved = np.asarray(state["obs"], np.float32)
+        saved = np.asarray(state["obs"])
         obs = np.stack([self._replay(i, self._seed(i, int(self.episode[i])), np.asarray(state["actions"][i])) for i in range(self.num_envs)])
-        wrong = (obs.view(np.int32) != saved.view(np.int32)).any(1).nonzero()[0]
-        if wrong.size:
-            i = int(wrong[0])
-            raise ValueError(
-                f"{self.env} number {i} did not come back to its saved observation after the same seed and {len(state['actions'][i])} actions: it is not "
-                f"deterministic under reset(seed=…), or its version changed (gymnasium {gymnasium.__version__} here); such a run cannot go on exactly"
-            )
+        for i in range(self.num_envs):
+            if obs[i].tobytes() != saved[i].tobytes():
+                raise ValueError(
+                    f"{self.env} number {i} did not come back to its saved observation after the same seed and {len(state['actions'][i])} actions: it is not "
+                    f"deterministic under reset(seed=…), or its version changed (gymnasium {gymnasium.__version__} here); such a run cannot go on exactly"
+                )
         self.actions = [list(np.asarray(log)) for log in state["actions"]]
         self.episodes.load_state_dict(state["episodes"])
         self.obs = torch.from_numpy(obs)
 
     def close(self) -> None:
+        self.closed = True
+        for group in self.groups:
+            group.hang_up()
         for group in self.groups:
             group.close()
 
 
-class Here(env_worker.EnvGroup):
-    """The environments of a group in this process: `send` does the work."""
-
-    def send(self, actions: np.ndarray, seeds: np.ndarray) -> None:
-        self.answer = self.step(actions, seeds)
-
-    def receive(self) -> tuple[np.ndarray, ...]:
-        return self.answer
-
-
-class Worker:
-    """The environments of a group in a process of their own, which ends when its input ends: with `close`, or with this process, however that dies."""
-
-    def __init__(self, spec: gymnasium.envs.registration.EnvSpec, count: int, spaces: Spaces, action_space: Any) -> None:
-        self.count, self.spaces, self.action_space, self.env = count, spaces, action_space, spec.id
-        # -P: the directory of the script, which is inside this package, must not become an import path
-        self.process = subprocess.Popen([sys.executable, "-P", env_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.requests, self.answers = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
-        setup = json.dumps({"path": sys.path, "spec": spec.to_json(), "count": count}).encode()
-        self._request(struct.pack("<q", len(setup)) + setup)
-        self.started = False
-        self._end = weakref.finalize(self, self._finish, self.process, self.requests, self.answers)
-
-    def _request(self, *parts: bytes) -> None:
-        self.requests.write(b"".join(parts))
-        self.requests.flush()
-
-    def _answer(self, count: int) -> bytes:
-        try:
-            status = env_worker.read(self.answers, 1)
-            if status == env_worker.OK:
-                return env_worker.read(self.answers, count)
-            text = env_worker.read(self.answers, struct.unpack("<q", env_worker.read(self.answers, 8))[0]).decode()
-        except EOFError:
-            text = f"it ended with exit code {self.process.wait()}"
-        raise RunError(f"a worker process of {self.env} failed: {text}")
-
-    def _ready(self) -> None:
-        if not self.started:  # asked for only when first needed, so that all workers start side by side
-            self._answer(0)
-            self.started = True
-
-    def replay(self, index: int, seed: int, actions: np.ndarray) -> np.ndarray:
-        self._ready()
-        self._request(env_worker.REPLAY, struct.pack("<qqq", index, seed, len(actions)), actions.tobytes())
-        return np.frombuffer(self._answer(4 * self.spaces.obs_dim), np.float32)
-
-    def send(self, actions: np.ndarray, seeds: np.ndarray) -> None:
-        self._request(env_worker.STEP, actions.tobytes(), seeds.tobytes())
-
-    def receive(self) -> tuple[np.ndarray, ...]:
-        n, d = self.count, self.spaces.obs_dim
-        data = bytearray(self._answer(n * (8 * d + 8 + 2)))
-        obs = np.frombuffer(data, np.float32, 2 * n * d).reshape(2, n, d)
-        reward = np.frombuffer(data, np.float64, n, 8 * n * d)
-        ended = np.frombuffer(data, bool, 2 * n, 8 * n * d + 8 * n).reshape(2, n)
-        return obs[0], obs[1], reward, ended[0], ended[1]
-
-    def close(self) -> None:
-        self._end()
-
-    @staticmethod
-    def _finish(process: "subprocess.Popen[bytes]", requests: BinaryIO, answers: BinaryIO) -> None:
-        with contextlib.suppress(BrokenPipeError):  # of a worker that has died already
-            requests.close()
-        process.wait()
-        answers.close()
-
-
-def make(env: str, num_envs: int, seed: int, backend: str | None = None) -> Envs:
+def make(env: str, num_envs: int, seed: int, backend: str | None = None, timeout: float = TIMEOUT) -> Envs:
     """`num_envs` copies of the Gymnasium environment `env`, already reset. `backend`: one of `backends(env)`, by default the first.
 
-    UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space; RunError, now and in `step`, for NaN or
-    infinity in an observation or reward, or when a worker process fails.
+    UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
+    environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
+    message says which environment did what at which step, its notes are the traceback, and no process is left. In `sync` what ends the process ends this one.
     """
     if num_envs < 1:
         raise UsageError(f"num_envs must be at least 1, got {num_envs}")
+    if not timeout > 0:
+        raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
     backend = backend or backends(env)[0]
     if backend == "native" and env == "CartPole-v1":
         return CartPole(num_envs, seed)
     if backend not in ("sync", "processes"):
         raise UsageError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*backends(env), 'sync', 'processes')))}, got {backend!r}")
-    return GymEnvs(env, num_envs, seed, workers=cores() if backend == "processes" else 0)
+    return GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
 
 
 def backends(env: str) -> tuple[str, ...]:
@@ -343,14 +331,34 @@ def backends(env: str) -> tuple[str, ...]:
     return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
 
 
+def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
+    """Environment steps per second of nothing but the environments, under actions drawn beforehand: the ceiling of any training on them."""
+    envs = make(env, num_envs, 0, backend)
+    generator = torch.Generator().manual_seed(0)
+    A, shape = envs.spaces.act_dim, (64, num_envs)
+    draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
+    steps, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds or not steps:
+        for act in draws:
+            envs.step(act)
+        steps += draws.shape[0] * num_envs
+    envs.close()
+    return steps / spent
+
+
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spaces(env: str) -> Spaces:
-    """The spaces of `env`. Same errors as `make`."""
-    return CartPole(1, 0).spaces if env == "CartPole-v1" else _inspect(env)[1]
+def spaces(env: str, *, multi: bool = False, images: bool = False) -> Spaces:
+    """The spaces of `env`. Same errors as `make`; UsageError too for several choices at once or pictures where the algorithm does not say it takes them."""
+    found = CartPole(1, 0).spaces if env == "CartPole-v1" else _inspect(env)[1]
+    if found.multi and not multi:
+        raise UsageError(f"{env} has the action space {make_one(env).action_space}; this algorithm takes Box and Discrete")
+    if found.image and not images:
+        raise UsageError(f"{env} has pictures (C, H, W) = {found.image} for observations; this algorithm takes vectors")
+    return found
 
 
 def make_one(env: str, **options: Any) -> gymnasium.Env:
@@ -377,20 +385,27 @@ def _nearest(env: str) -> list[str]:
     return [ids[name] for name in difflib.get_close_matches(env.lower(), ids, n=3, cutoff=0.5)]
 
 
-def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any]:
-    one = make_one(env)
-    obs, act = one.observation_space, one.action_space
-    spec = one.spec
-    one.close()
-    if not isinstance(obs, gymnasium.spaces.Box):
-        raise UsageError(f"{env} has the observation space {obs}; supported: Box")
-    if not isinstance(act, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
-        raise UsageError(f"{env} has the action space {act}; supported: Box, Discrete")
+def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any, env_worker.Observation]:
+    with contextlib.closing(make_one(env)) as one:
+        act, spec = one.action_space, one.spec
+        try:
+            observation = env_worker.Observation(one.observation_space)
+        except TypeError as error:
+            raise UsageError(f"{env} has the {error}") from None
     assert spec is not None
-    obs_dim = int(np.prod(obs.shape))
+    multi: tuple[int, ...] = ()
     if isinstance(act, gymnasium.spaces.Discrete):
-        return spec, Spaces(obs_dim, int(act.n), discrete=True), act
-    return spec, Spaces(obs_dim, int(np.prod(act.shape)), discrete=False), act
+        act_dim = int(act.n)
+    elif isinstance(act, gymnasium.spaces.Box):
+        act_dim = math.prod(act.shape)
+    elif isinstance(act, gymnasium.spaces.MultiDiscrete | gymnasium.spaces.MultiBinary):
+        multi = tuple(act.nvec.ravel().tolist()) if isinstance(act, gymnasium.spaces.MultiDiscrete) else (2,) * math.prod(act.shape)
+        act_dim = sum(multi)
+    else:
+        raise UsageError(f"{env} has the action space {act}; supported: Box, Discrete, MultiDiscrete, MultiBinary")
+    obs_dim = observation.shape[0] if observation.vectors else 0
+    found = Spaces(obs_dim, act_dim, not isinstance(act, gymnasium.spaces.Box), multi, observation.image)
+    return spec, found, act, observation
 
 
 def _same_count(have: int, saved: Sequence[int] | int) -> None:

@@ -47,6 +47,22 @@ def gaussian_logp(mean: Tensor, log_std: Tensor, act: Tensor) -> tuple[Tensor, T
     return -0.5 * ((act - mean) * torch.exp(-log_std)).square().sum(-1) - log_norm, log_norm + 0.5 * log_std.numel()
 
 
+def categorical_kl(logits: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of the categoricals with unnormalised log-probabilities `logits` (p) and `other` (q), (…, A): a tensor (…,)."""
+    logp, logq = F.log_softmax(logits, dim=-1), F.log_softmax(other, dim=-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
+    """KL(p || q) of Gaussians with independent components, p by `mean` (…, A) and `log_std` (A,), q by the other two: a tensor (…,).
+
+    sum_i [ log(s'_i / s_i) + (s_i^2 + (m_i - m'_i)^2) / (2 s'_i^2) - 1/2 ]
+    """
+    ratio = (log_std - other_log_std).exp()  # s / s'
+    shift = (mean - other_mean) * torch.exp(-other_log_std)
+    return (0.5 * (ratio.square() + shift.square() - 1) + other_log_std - log_std).sum(-1)
+
+
 class RunningNorm(nn.Module):
     """(x - mean) / std by the mean and variance of all rows seen by `update`, clipped to [-clip, clip]; its buffers are saved with the model.
 
@@ -99,6 +115,10 @@ class ActorCritic(nn.Module):
         self.norm = RunningNorm(spaces.obs_dim) if normalize_obs else None
         self.act_dim = spaces.act_dim
 
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """All but the critic's."""
+        return [*self.pi.parameters(), *([] if self.log_std is None else [self.log_std])]
+
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """At observations (…, D) as the environment gives them: logits or means of the actions (…, A), and v (…,)."""
         normal = self.normalize(obs)
@@ -119,6 +139,14 @@ class ActorCritic(nn.Module):
         """log pi(act|obs) and the entropy of pi(.|obs), for *normalised* observations."""
         out = self.pi(obs)
         return categorical_logp(out, act) if self.log_std is None else gaussian_logp(out, self.log_std, act)
+
+    def dist(self, obs: Tensor) -> tuple[Tensor, ...]:
+        """What pi(.|obs) is made of, for *normalised* observations: (logits,) for Discrete, (mean, log_std) for Box; `kl` compares two of them."""
+        return (self.pi(obs),) if self.log_std is None else (self.pi(obs), self.log_std)
+
+    def kl(self, p: tuple[Tensor, ...], q: tuple[Tensor, ...]) -> Tensor:
+        """KL(p || q) of two policies' `dist` at the same observations (B, D): (B,)."""
+        return categorical_kl(*p, *q) if self.log_std is None else gaussian_kl(*p, *q)
 
     def value(self, obs: Tensor) -> Tensor:
         """v (…,), for *normalised* observations."""

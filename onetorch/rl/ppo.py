@@ -34,8 +34,9 @@ from torch import Tensor
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic, RunningNorm
-from onetorch.rl.returns import discounted_return, explained_variance, gae
+from onetorch.rl.nets import ActorCritic
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts
+from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
 
 
@@ -49,14 +50,15 @@ class Config:
     epochs: int = 2  # passes over each batch
     minibatches: int = 16  # gradient steps per pass
     lr: float = 3e-3  # Adam's step size
-    anneal: bool = True  # the step size falls linearly to 0
+    value_lr: float | None = None  # Adam's step size for the critic, where it shall not be lr
+    anneal: bool = True  # the step sizes fall linearly to 0
     gamma: float = 0.99  # discount
     lam: float = 0.97  # lambda of GAE: 0 is one-step, 1 is Monte Carlo
     clip: float = 0.3  # eps: how far the ratio pi / pi_old may move and still be paid for
     value_clip: float | None = None  # how far the critic may move within an iteration
     value_coef: float = 0.5  # weight of the critic's loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm
     target_kl: float | None = None  # end the epochs of an iteration once KL(pi_old, pi) is above this
     normalize_obs: bool = False  # observations by their running mean and standard deviation
     normalize_reward: bool = True  # rewards by the running standard deviation of the discounted return
@@ -68,7 +70,7 @@ class Config:
         for name in ("total_steps", "batch_size", "epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip", "value_clip", "max_grad_norm", "target_kl"):
+        for name in ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "target_kl"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("value_coef", "entropy_coef"):
@@ -92,8 +94,7 @@ class State:
     model: ActorCritic
     optimizer: torch.optim.Optimizer
     envs: environments.Envs
-    reward_norm: RunningNorm
-    discounted: Tensor  # (N,) discounted return of the running episodes, whose spread scales rewards
+    reward_norm: RewardNorm | None
     iteration: int = 0
 
 
@@ -109,8 +110,10 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-5, fused=True)
-    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), RunningNorm(1), torch.zeros(num_envs))
+    groups = [model.parameters()] if config.value_lr is None else [model.policy_parameters(), model.v.parameters()]
+    optimizer = torch.optim.Adam([{"params": list(params)} for params in groups], lr=config.lr, eps=1e-5, fused=True)
+    reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
+    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), reward_norm)
 
 
 def policy_loss(log_ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
@@ -127,41 +130,15 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip: float | None
     return 0.5 * error.mean()
 
 
-@torch.no_grad()
-def rollout(config: Config, state: State, T: int) -> dict[str, Tensor]:
-    """T steps of all environments under the current policy, with advantages: a dict of tensors whose first axis is T * N."""
-    model, envs = state.model, state.envs
-    noise, steps = model.noise(T, envs.num_envs), []
-    for t in range(T):
-        obs = envs.obs
-        act = model.act(obs, noise[t])
-        steps.append((obs, act, *envs.step(act)))
-    raw, act, raw_next, reward, terminated, truncated = (torch.stack(column) for column in zip(*steps, strict=True))  # (T, N, …)
-
-    if config.normalize_reward:
-        done = terminated | truncated
-        discounted = discounted_return(reward, done, config.gamma, state.discounted)
-        state.discounted = discounted[-1] * ~done[-1]
-        state.reward_norm.update(discounted.reshape(-1, 1))
-        reward = (reward / state.reward_norm.std()).clamp(-10, 10)
-
-    obs = model.normalize(raw)
-    logp, _ = model.logp(obs.flatten(0, 1), act.flatten(0, 1))
-    value = model.value(obs)
-    next_value = torch.cat((value[1:], model.value(model.normalize(raw_next[-1:]))))
-    next_value[truncated] = model.value(model.normalize(raw_next[truncated]))  # the time limit is not the task's: what would have followed has a value
-    adv = gae(reward, value, next_value, terminated, truncated, config.gamma, config.lam)
-    ret = adv + value
-    adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-    batch = {"raw": raw, "obs": obs, "act": act, "value": value, "adv": adv, "ret": ret}
-    return {name: x.flatten(0, 1) for name, x in batch.items()} | {"logp": logp}
+def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dict[str, Tensor]:
+    return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm, run)
 
 
-def update(config: Config, state: State, batch: dict[str, Tensor], lr: float, run: Run | None = None) -> dict[str, float | None]:
-    """Epochs of minibatch gradient steps on one batch. Returns what was seen in the last of them, each minibatch before its step."""
+def update(config: Config, state: State, batch: dict[str, Tensor], left: float = 1.0, run: Run | None = None) -> dict[str, float | None]:
+    """Epochs of minibatch gradient steps on one batch, with `left` of the step size. Returns what was seen in the last epoch, each minibatch before its step."""
     model, optimizer, params = state.model, state.optimizer, list(state.model.parameters())
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for group, lr in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=False):
+        group["lr"] = (lr or config.lr) * left
     data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
     for _ in range(config.epochs):
         order, seen = torch.randperm(len(data[0])), []
@@ -175,7 +152,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], lr: float, ru
                 loss = loss - config.entropy_coef * entropy
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf)
             if run:
                 run.finite(loss=loss, grad_norm=grad_norm)
             optimizer.step()
@@ -193,7 +170,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], lr: float, ru
         "kl": kl,
         "clipped": ((log_ratio.exp() - 1).abs() > config.clip).float().mean().item(),
         "explained_variance": explained_variance(batch["value"], batch["ret"]),
-        "lr": lr,
+        "lr": config.lr * left,
     }
 
 
@@ -201,25 +178,27 @@ def train(config: Config, run: Run) -> ActorCritic:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # an eighth of an iteration
         trial = begin(config, choice["num_envs"], choice["backend"])
         part = replace(config, epochs=1, minibatches=max(1, config.epochs * config.minibatches // 8))
-        return lambda: update(part, trial, rollout(part, trial, max(1, config.batch_size // choice["num_envs"] // 8)), config.lr)
+        return lambda: update(part, trial, rollout(part, trial, max(1, config.batch_size // choice["num_envs"] // 8)))
 
-    sizes = (config.num_envs,) if config.num_envs else tuple(n for n in (64, 32, 16, 8, 4, 2, 1) if config.batch_size % n == 0 and config.batch_size // n >= 64)
+    sizes = env_counts(config.num_envs, config.batch_size)
     threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
     key = f"ppo {config.env} {config.hidden} {config.batch_size} {config.epochs} {config.minibatches}"
-    plan = run.plan(measure, key=key, num_envs=sizes or (1,), backend=environments.backends(config.env), threads=threads)
+    plan = run.plan(measure, key=key, num_envs=sizes, backend=environments.backends(config.env), threads=threads)
     N = plan["num_envs"]
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))
 
     state = run.restore(begin(config, N, plan["backend"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
-        batch = rollout(config, state, T)
-        losses = update(config, state, batch, config.lr * (1 - (state.iteration - 1) / total if config.anneal else 1), run)
+        batch = rollout(config, state, T, run)
+        losses = update(config, state, batch, 1 - (state.iteration - 1) / total if config.anneal else 1.0, run)
         if state.model.norm is not None:
             state.model.norm.update(batch["raw"])
+        run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
         run.checkpoint(state)
+        run.phase("logging")
     state.envs.close()
     return state.model
 

@@ -103,6 +103,7 @@ def library() -> ctypes.CDLL | None:
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
     attention: list = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
+    attention += [ctypes.c_double, pointer]
     lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
     lib.onetorch_attention_backward.argtypes = [*attention, pointer, pointer, pointer, pointer, pointer, pointer, pointer, i32]
     return lib
@@ -191,7 +192,12 @@ def _attention_arguments(
     heads: int,
     scale: float,
     causal: bool,
-    *restrictions: Tensor | None,
+    position: Tensor | None,
+    group: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple:
     B, H, S, D = q.shape
     sizes = _longs(B, H, k.shape[1], S, k.shape[2], D, v.shape[3], *grid, *block, heads)
@@ -208,7 +214,9 @@ def _attention_arguments(
         columns,
         scale,
         int(causal),
-        *map(_pointer, restrictions),
+        *map(_pointer, (position, group, padding, mask)),
+        dropout,
+        _pointer(seed),
     )
 
 

@@ -16,18 +16,172 @@ from onetorch.sparse.layout import Layout
 from onetorch.sparse.products import dds
 
 
-class Linear(nn.Module):
-    """y = x W^T + b, where W (out_features, in_features) is zero outside the blocks that `layout` keeps.
+class BlockSparse(nn.Module):
+    """What the layers share: weights that lie in the blocks of a layout, and a layout that can change (`set_layout`).
 
-    weight (kept, br, bc), bias (out_features). The layout is saved with the weights; loading weights of another layout raises ValueError.
-    Initialised as `reset_parameters` says: like nn.Linear, with the number of inputs that each output really has.
+    weight  (kept, br, bc), for convolutions (kept, br, bc, *kernel)
+    gate    (kept,) or None: what each block's weights are multiplied by; its gradient says how much the loss would change with the block
+    layout_mask   the layout's mask, so that it is saved with the weights; loading weights of another layout of the same grid takes on that layout
+
+    `probe` is None but in the steps at whose end RigL wants the gradient of the whole dense weight: see `DynamicSparsity`.
     """
 
     layout: Layout
     layout_mask: Tensor
+    weight: nn.Parameter
+    gate: nn.Parameter | None
+    probe: Tensor | None
+
+    def _create(self, layout: Layout, kernel: tuple[int, ...], gate: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.layout = layout if device is None else layout.to(device)
+        kind = {"device": self.layout.device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(*layout.values_shape, *kernel, **kind))  # type: ignore[arg-type]
+        self.gate = nn.Parameter(torch.ones(layout.kept, **kind)) if gate else None  # type: ignore[arg-type]
+        self.probe = None
+        self.register_buffer("layout_mask", self.layout.mask)
+
+    def gated_weight(self) -> Tensor:
+        """The weight times the gates; the weight itself where there are none."""
+        return self.weight if self.gate is None else self.weight * self.gate.view(-1, *[1] * (self.weight.ndim - 1))
+
+    def _probed(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if self.probe is None else _probe(y, x, self.probe)
+
+    def new_probe(self) -> Tensor:
+        """A dense weight (outputs, inputs) of zeros that takes no memory and wants a gradient."""
+        return self.weight.new_zeros(()).expand(self.layout.shape).requires_grad_()
+
+    def dense_blocks(self, dense: Tensor) -> Tensor:
+        """The sums of squares over the blocks of a dense weight as `new_probe` makes it: (R, C)."""
+        (R, C), (br, bc), (rows, columns) = self.layout.grid, self.layout.block, self.layout.shape
+        padded = torch.nn.functional.pad(dense, (0, C * bc - columns, 0, R * br - rows))
+        return padded.view(R, br, C, bc).square().sum((1, 3))
+
+    def block_sizes(self) -> Tensor:
+        """(R, C) float: how many elements of each block lie inside the matrix."""
+        sizes = []
+        for count, block, length in zip(self.layout.grid, self.layout.block, self.layout.shape, strict=True):
+            ends = torch.arange(1, count + 1, device=self.layout.device) * block
+            sizes.append((block - (ends - length).clamp_min(0)).float())
+        return sizes[0][:, None] * sizes[1]
+
+    @torch.no_grad()
+    def set_layout(self, layout: Layout, *optimizers: torch.optim.Optimizer) -> None:
+        """Take on another layout of the same grid. Blocks in both keep their weights, their gates and every tensor of that shape that the optimizers hold
+        for them (moments); new blocks begin with weights 0, moments 0 and gate 1. Gradients are cleared.
+
+        With as many blocks as before all of it happens in place, so nothing that was compiled for the layer is compiled again, and nothing waits for the
+        device. Otherwise the layer gets new parameters, and so do these optimizers; whoever else holds the old ones must fetch them again. ValueError
+        where the grid, the blocks, the shape or the device differ.
+        """
+        self.layout._same(layout)
+        if layout is self.layout:
+            return
+        C, old = layout.grid[1], self.layout
+        at = layout.rows.long() * C + layout.columns.long() % C
+        was = old.mask.view(-1)[at]
+        source = (old.mask.view(-1).cumsum(0)[at] - 1).clamp_min(0)
+        for name in ("weight",) if self.gate is None else ("weight", "gate"):
+            parameter = getattr(self, name)
+            keep = was.view(-1, *[1] * (parameter.ndim - 1))
+
+            def moved(tensor: Tensor, fresh: float, keep: Tensor = keep) -> Tensor:
+                return tensor[source].masked_fill(~keep, fresh) if old.kept else tensor.new_full((layout.kept, *tensor.shape[1:]), fresh)
+
+            own = [o.state[parameter] for o in optimizers if parameter in o.state]
+            held = [(state, key) for state in own for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape]
+            new = moved(parameter, 1.0 if name == "gate" else 0.0)
+            parameter.grad = None
+            if layout.kept == old.kept:
+                parameter.copy_(new)
+                for state, key in held:
+                    state[key].copy_(moved(state[key], 0.0))
+                continue
+            for state, key in held:
+                state[key] = moved(state[key], 0.0)
+            # a new object: an autograd graph that is still alive holds on to the size of the old one
+            fresh = nn.Parameter(new, parameter.requires_grad)
+            setattr(self, name, fresh)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["params"] = [fresh if p is parameter else p for p in group["params"]]
+                if parameter in optimizer.state:
+                    optimizer.state[fresh] = optimizer.state.pop(parameter)
+        self.layout, self.layout_mask = layout, layout.mask
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.weight.device.type != "meta":
+            self.layout = self.layout.to(self.weight.device)
+            self.layout_mask = self.layout.mask
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        mask, weight = state_dict.get(prefix + "layout_mask"), state_dict.get(prefix + "weight")
+        if mask is not None and weight is not None and mask.device.type != "meta":
+            mine = self.layout
+            if mask.shape != mine.mask.shape or weight.shape[1:] != self.weight.shape[1:]:
+                raise ValueError(
+                    f"{prefix}layout_mask: expected weights of {tuple(mine.mask.shape)} blocks of {tuple(self.weight.shape[1:])}, "
+                    f"got those of {tuple(mask.shape)} blocks of {tuple(weight.shape[1:])}"
+                )
+            mask = mask.to(mine.device if mine.device.type != "meta" else mask.device, torch.bool)
+            if mine.device.type == "meta" or not torch.equal(mask, mine.mask):
+                layout = Layout.from_mask(mask, mine.block, mine.shape)
+                if layout.kept != weight.shape[0]:
+                    raise ValueError(f"{prefix}weight: expected the {layout.kept} blocks of {prefix}layout_mask, got {weight.shape[0]}")
+                for parameter in (self.weight, self.gate):
+                    if parameter is not None and parameter.shape[0] != layout.kept:
+                        parameter.grad = None
+                        parameter.data = parameter.data.new_empty(layout.kept, *parameter.shape[1:])
+                self.layout, self.layout_mask = layout, layout.mask
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@torch.library.custom_op("onetorch_sparse::probe", mutates_args=())
+def _probe(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
+    """y (..., outputs), unchanged; its gradient, with x (..., inputs), is also that of `dense` (outputs, inputs), as if y were x dense^T."""
+    return y.clone()
+
+
+@_probe.register_fake
+def _(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _probe_setup(ctx, inputs, output) -> None:
+    _y, x, dense = inputs
+    ctx.save_for_backward(x)
+    ctx.dtype = dense.dtype
+
+
+def _probe_backward(ctx, grad: Tensor):
+    (x,) = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad, None, (rows.mT @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(ctx.dtype)
+
+
+_probe.register_autograd(_probe_backward, setup_context=_probe_setup)
+
+
+class Linear(BlockSparse):
+    """y = x W^T + b, where W (out_features, in_features) is zero outside the blocks that `layout` keeps.
+
+    weight (kept, br, bc), bias (out_features); `gate=True` adds a parameter (kept,), ones at first, that multiplies the blocks. The layout is saved with
+    the weights, and loaded with them: see `BlockSparse`.
+    Initialised as `reset_parameters` says: like nn.Linear, with the number of inputs that each output really has.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, layout: Layout, bias: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        layout: Layout,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: bool = False,
     ):
         super().__init__()
         if not isinstance(layout, Layout):
@@ -35,21 +189,18 @@ class Linear(nn.Module):
         if layout.shape != (out_features, in_features) or layout.heads is not None:
             raise ValueError(f"layout: expected ({out_features}, {in_features}) without heads, outputs by inputs as nn.Linear's weight, got {layout!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.layout = layout if device is None else layout.to(device)
-        kind = {"device": self.layout.device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(layout.values_shape, **kind))  # type: ignore[arg-type]
-        self.bias = nn.Parameter(torch.empty(out_features, **kind)) if bias else None  # type: ignore[arg-type]
-        self.register_buffer("layout_mask", self.layout.mask)
+        self._create(layout, (), gate, device, dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, device=self.layout.device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 1:
             return self.forward(x[None])[0]
-        return dds(x, self.weight, self.layout, transpose_sparse=True, bias=self.bias)
+        return self._probed(dds(x, self.gated_weight(), self.layout, transpose_sparse=True, bias=self.bias), x)
 
     def to_dense(self) -> Tensor:
-        """The weight as (out_features, in_features). Differentiable."""
-        return self.layout.to_dense(self.weight)
+        """The weight, times the gates, as (out_features, in_features). Differentiable."""
+        return self.layout.to_dense(self.gated_weight())
 
     def fan_in(self) -> Tensor:
         """(out_features,): how many inputs each output has."""
@@ -119,20 +270,6 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.layout!r}"
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self.weight.device.type != "meta":
-            self.layout = self.layout.to(self.weight.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        mask = state_dict.get(prefix + "layout_mask")
-        if mask is not None and (mask.shape != self.layout.mask.shape or not torch.equal(mask.to(self.layout.device), self.layout.mask)):
-            raise ValueError(
-                f"{prefix}layout_mask: expected weights of {self.layout!r}, got those of {tuple(mask.shape)} blocks, {int(mask.sum())} kept, or of other blocks"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def to_bsr(values: Tensor, layout: Layout) -> Tensor:

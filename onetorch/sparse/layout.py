@@ -6,12 +6,16 @@ values = torch.randn(layout.kept, 32, 32)          # the kept blocks, in row-maj
 layout.to_dense(values)                            # (2048, 2048), zeros where no block is kept
 """
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 BLOCKS = (8, 16, 32, 64, 128)
+STORED = {torch.uint8: "U8", torch.int64: "I64"}  # safetensors' names of what a layout is saved as
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -66,13 +70,23 @@ class Layout:
                 f"shape: {R} x {C} blocks of {br} x {bc} cover ({(R - 1) * br + 1}..{R * br}, {(C - 1) * bc + 1}..{C * bc}) elements, got {(rows, columns)}"
             )
         mask = mask.detach().contiguous().clone()
-        heads = mask.reshape(-1, R, C)
-        H = heads.shape[0]
-        if H * max(R, C) >= 2**31 or heads.numel() >= 2**31:
+        H = mask.numel() // (R * C)
+        if H * max(R, C) >= 2**31 or mask.numel() >= 2**31:
             raise ValueError(f"mask: {H} heads of {R} x {C} blocks are more than the 32-bit index can count")
-        at = heads.view(-1).nonzero().view(-1)  # the one step that must know how many there are
+        return Layout._of(mask, (br, bc), (rows, columns), None)
+
+    @staticmethod
+    def _of(mask: Tensor, block: tuple[int, int], shape: tuple[int, int], kept: int | None) -> "Layout":
+        """The layout of a mask that is checked and nobody else's. With `kept`, the number of its blocks, nothing here waits for the device."""
+        R, C = mask.shape[-2:]
+        heads = mask.reshape(-1, R, C)
+
+        def where(flat: Tensor) -> Tensor:
+            return (flat.nonzero() if kept is None else torch.nonzero_static(flat, size=kept)).view(-1)
+
+        at = where(heads.view(-1))
         block_rows, block_columns = at // C, at // (R * C) * C + at % C
-        transposed = heads.mT.reshape(-1).nonzero().view(-1)
+        transposed = where(heads.mT.reshape(-1))
         t_rows, t_columns = transposed // (R * C) * R + transposed % R, transposed // R
         position = heads.view(-1).cumsum(0) - 1
         order = position[t_rows * C + t_columns % C]
@@ -81,7 +95,15 @@ class Layout:
             return torch.nn.functional.pad(count.reshape(-1).cumsum(0), (1, 0))
 
         index = torch.cat([offsets(heads.sum(2)), block_columns, offsets(heads.sum(1)), t_rows, order, block_rows]).to(torch.int32)
-        return Layout(mask, (br, bc), (rows, columns), at.shape[0], block_rows.to(torch.int32), block_columns.to(torch.int32), index)
+        return Layout(mask, block, shape, at.shape[0], block_rows.to(torch.int32), block_columns.to(torch.int32), index)
+
+    def with_mask(self, mask: Tensor, kept: int) -> "Layout":
+        """The same grid with another mask, bool like this one's, of which the caller knows that exactly `kept` entries are true: nothing is checked but
+        the shape, and nothing waits for the device.
+        """
+        if mask.shape != self.mask.shape or mask.dtype != torch.bool or mask.device != self.device:
+            raise ValueError(f"mask: expected {tuple(self.mask.shape)} bool on {self.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
+        return Layout._of(mask.detach().contiguous().clone(), self.block, self.shape, kept)
 
     @staticmethod
     def from_indices(
@@ -227,6 +249,12 @@ class Layout:
             mask = mask.index_select(axis, order.to(mask.device))
         return Layout.from_mask(mask, self.block, self.shape)
 
+    def crop(self, rows: int, columns: int) -> "Layout":
+        """The layout of the first `rows` and `columns` elements of the matrix (of each head). ValueError where it has fewer."""
+        if not (0 < rows <= self.shape[0] and 0 < columns <= self.shape[1]):
+            raise ValueError(f"rows, columns: expected 1..{self.shape[0]} and 1..{self.shape[1]}, got {(rows, columns)}")
+        return Layout.from_mask(self.mask[..., : -(-rows // self.block[0]), : -(-columns // self.block[1])], self.block, (rows, columns))
+
     def element_mask(self) -> Tensor:
         """(rows, columns) or (heads, rows, columns) bool: which elements the kept blocks cover."""
         grown = self.mask.repeat_interleave(self.block[0], -2).repeat_interleave(self.block[1], -1)
@@ -255,7 +283,7 @@ class Layout:
         return blocks.index_select(-3, self.rows.long() * C + self.columns.long() % C)
 
     def state(self) -> dict[str, Tensor]:
-        """The layout as tensors, as `safetensors.torch.save_file` takes them: mask uint8, block and shape int64. `from_state` is the way back."""
+        """The layout as tensors: mask uint8, block and shape int64, to stand beside others in a safetensors file. `from_state` is the way back."""
         return {"mask": self.mask.to(torch.uint8), "block": torch.tensor(self.block), "shape": torch.tensor(self.shape)}
 
     @staticmethod
@@ -264,3 +292,34 @@ class Layout:
             raise ValueError(f"state: expected mask, block and shape, got {sorted(state)}")
         block, shape = state["block"].tolist(), state["shape"].tolist()
         return Layout.from_mask(state["mask"] != 0, tuple(block), tuple(shape))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `state()` as a safetensors file."""
+        header, data = {}, b""
+        for name, tensor in sorted(self.state().items()):
+            raw = bytes(tensor.cpu().contiguous().view(torch.uint8).view(-1).tolist())
+            header[name] = {"dtype": STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> "Layout":
+        """The layout of a file that `save` wrote, on the CPU. ValueError names the file where it is not one."""
+        raw = Path(path).read_bytes()
+        try:
+            size = int.from_bytes(raw[:8], "little")
+            header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+            kinds = {name: dtype for dtype, name in STORED.items()}
+            state = {}
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin < end <= len(data):
+                    raise ValueError(f"{name} ends after the file")
+                state[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+            return Layout.from_state(state)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected a layout in safetensors format, as Layout.save writes it: {error}") from error

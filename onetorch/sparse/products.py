@@ -5,12 +5,16 @@
     sdd(a, b, layout)             (..., R, K) @ (..., K, C), only at the kept blocks -> values (..., kept, br, bc)
 
 float64, float32, bfloat16 and float16; sums are carried in float32 at least. What stands in unused blocks of a dense operand is never read, so a NaN
-there has no effect; nor is what stands in a block's values beyond the edge of the matrix. On the CPU results are bit-identical from call to call.
-There the kernels are C++ where a compiler is found (`cpu.py`); elsewhere, and on other devices, they are PyTorch's batched products of gathered blocks.
+there has no effect; nor is what stands in a block's values beyond the edge of the matrix. Results are bit-identical from call to call.
+The kernels are C++ on the CPU where a compiler is found (`cpu.py`) and Triton on a GPU (`gpu.py`); elsewhere they are PyTorch's batched products of gathered
+blocks.
 Each is differentiable any number of times: the derivatives are these same products.
 """
 
+import functools
+import warnings
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,8 +28,23 @@ DTYPES = tuple(cpu.DTYPES)
 # The operators. Canonical shapes: dense (G, H, M, K), values (1 or G, kept, br, bc), where G counts the batch and H the heads of the layout. --------
 
 
-def _native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and cpu.library() is not None
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from onetorch.sparse import gpu
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        warnings.warn("Triton is not installed: block-sparse products on the GPU take their PyTorch path, several times slower", stacklevel=2)
+        return None
+    return gpu
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for tensors like this one; None: the PyTorch path."""
+    if x.device.type == "cpu":
+        return cpu if cpu.library() is not None else None
+    return _triton() if x.device.type == "cuda" else None
 
 
 def _grid(rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
@@ -86,12 +105,13 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
     last size, is added.
     """
     grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
-    if _native(x):
-        if costs.dense_is_faster(x, values, index, rows, columns):
-            y = costs.dense_dds(x, values, index, bias, grid, transpose)
-            if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
-                return y
-        return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
+    kernels = _kernels(x)
+    if kernels is cpu and costs.dense_is_faster(x, values, index, rows, columns):
+        y = costs.dense_dds(x, values, index, bias, grid, transpose)
+        if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
+            return y
+    if kernels is not None:
+        return kernels.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     with torch.autocast(x.device.type, enabled=False):
         return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
 
@@ -102,8 +122,8 @@ def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: in
     _G, H, M, _K = a.shape
     block = (block_rows, block_columns)
     grid = _grid(M, b.shape[3], block)
-    if _native(a):
-        return cpu.sdd(a, b, index, grid, block, reduce)
+    if (kernels := _kernels(a)) is not None:
+        return kernels.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
     kind = _accumulator(a.dtype)
     with torch.autocast(a.device.type, enabled=False):

@@ -1,6 +1,10 @@
 """Small environments with a known answer or a known fault, importable by worker processes too."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import gymnasium
@@ -26,6 +30,12 @@ class Task(gymnasium.Env):
         return np.ones(1, np.float32)
 
 
+class BoxTask(Task):
+    """The same for algorithms of continuous actions."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+
 class NaNObservation(Task):
     def look(self) -> Any:
         return np.full(1, np.nan if self.count == 3 else 0.0, np.float32)
@@ -44,17 +54,57 @@ class Chance(Task):
         return np.frombuffer(os.urandom(1), np.uint8).astype(np.float32)
 
 
-class Raises(Task):
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        raise RuntimeError("the wheel came off")
+class OldReset(Task):
+    """As in gym before 0.26."""
+
+    def reset(self, **options: Any) -> Any:
+        return super().reset(**options)[0]
 
 
-class DiscreteObservation(Task):
-    observation_space = gymnasium.spaces.Discrete(16)
+class OldStep(Task):
+    """As in gym before 0.26."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, _, info = super().step(action)
+        return obs, reward, terminated, info
 
 
-class ManyActions(Task):
-    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+class RewardList(Task):
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+
+class NoFlag(Task):
+    def step(self, action: Any) -> Any:
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, None, truncated, info
+
+
+class TextObservation(Task):
+    observation_space = gymnasium.spaces.Text(16)
+
+
+class TextAction(Task):
+    action_space = gymnasium.spaces.Text(16)
+
+
+class Slow(Task):
+    def step(self, action: Any) -> Any:
+        time.sleep(0.15)
+        return super().step(action)
+
+
+class Starter(Task):
+    """Action 1 starts a process and shows its number; action 0 kills this one."""
+
+    observation_space = gymnasium.spaces.Box(0, 2**23, (1,), np.float32)
+
+    def step(self, action: Any) -> Any:
+        if action == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return np.array([child.pid], np.float32), 0.0, False, False, {}
 
 
 class Noisy(Task):
@@ -73,11 +123,61 @@ class Noisy(Task):
         return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
 
 
-LIMIT = 5  # steps until TimeLimit cuts Trap-v0
+class Faulty(Task):
+    """Action 1 brings the fault at once, action 2 ends the episode and brings it at the next reset. "spin" is a loop of C that lets nobody else run."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.at_reset = kind, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.fault() if self.at_reset else np.zeros(4, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.at_reset = action == 2
+        return self.fault() if action == 1 else np.zeros(4, np.float32), 1.0, self.at_reset, False, {}
+
+    def fault(self) -> Any:
+        match self.kind:
+            case "raise":
+                raise RuntimeError("the wheel came off")
+            case "exit":
+                sys.exit(3)
+            case "quit":
+                os._exit(3)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "sleep":
+                time.sleep(600)
+            case "spin":
+                sum(range(10**15))
+            case "nan":
+                return np.array([0, np.nan, 0, 0], np.float32)
+            case "infinity":
+                return np.array([0, 0, -np.inf, 0], np.float32)
+            case "shape":
+                return np.zeros(1, np.float32)  # numpy would broadcast it in silence
+            case "dtype":
+                return np.zeros(4, np.complex64)
+        return None  # "none"
+
+
+# The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
+# value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
+LIMIT = 5
+FAULTS = ("raise", "exit", "quit", "kill", "crash", "sleep", "spin", "nan", "infinity", "shape", "dtype", "none")
 if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second time, to look for doctests in it
     gymnasium.register("Trap-v0", entry_point="rl_tasks:Task", max_episode_steps=LIMIT)
+    gymnasium.register("TrapBox-v0", entry_point="rl_tasks:BoxTask", max_episode_steps=LIMIT)
     gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
     gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
     gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
-    for kind in (NaNObservation, InfiniteReward, Chance, Raises, DiscreteObservation, ManyActions):
+    for fault in FAULTS:
+        gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
+    for kind in (NaNObservation, InfiniteReward, Chance, TextObservation, TextAction, OldReset, OldStep, RewardList, NoFlag, Slow, Starter):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

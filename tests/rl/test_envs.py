@@ -1,6 +1,7 @@
 """Environments: the native one against Gymnasium bit for bit, exact resume by replay, and every wrong input by name."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import rl_tasks
 import torch
 
 from onetorch.rl import envs
+from onetorch.rl.env_groups import Worker
 from onetorch.rl.envs import ActionMap, CartPole
 from onetorch.runs.errors import RunError, UsageError
 
@@ -168,10 +170,48 @@ def test_nan_and_infinity_name_the_environment_and_the_step(backend: str) -> Non
     batch.close()
 
 
-def test_what_an_environment_raises_in_a_worker_is_told() -> None:
-    batch = envs.make("Raises-v0", 1, 0, "processes")
-    with pytest.raises(RunError, match="a worker process of Raises-v0 failed: RuntimeError: the wheel came off"):
-        batch.step(torch.zeros(1, dtype=torch.int64))
+TOLD = {
+    "raise": r"raised RuntimeError at {}: the wheel came off",
+    "exit": r"raised SystemExit at {}: 3",
+    "quit": r"ended its process with exit code 3 at {}",
+    "kill": r"lost its process to SIGKILL at {}: was there memory enough\?",
+    "crash": r"lost its process to SIGSEGV at {}",
+    "sleep": r"hung for 0.6 s at {}",
+    "spin": r"hung for 0.6 s at {}",
+    "nan": r"gave the observation \[ 0. nan  0.  0.\] at {}: expected finite numbers",
+    "infinity": r"gave the observation \[  0.   0. -inf   0.\] at {}: expected finite numbers",
+    "shape": r"gave an observation of shape \(1,\) at {}: expected \(4,\)",
+    "dtype": r"gave an observation of dtype complex64 at {}: expected float32",
+    "none": r"gave an observation of shape \(\) at {}: expected \(4,\)",
+}
+ALONE = ("quit", "kill", "crash", "spin")  # no process survives these in itself
+TRACED = {"raise": "the wheel came off", "exit": "sys.exit(3)"} | dict.fromkeys(("crash", "sleep", "spin"), "in fault")
+TRACED |= dict.fromkeys(("shape", "none"), "in write")
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+@pytest.mark.parametrize("kind", rl_tasks.FAULTS)
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_faults_are_named_at_once(kind: str, where: str, backend: str) -> None:
+    if backend == "sync" and kind in ALONE:
+        return
+    batch = envs.make(f"Faulty-{kind}-v0", 3, 0, backend, timeout=0.6)
+    workers = [group.process.pid for group in batch.groups if isinstance(group, Worker)]
+    nothing = torch.zeros(3, dtype=torch.int64)
+    batch.step(nothing)
+    batch.step(nothing)
+    start = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        batch.step(torch.tensor([0, 0, 1 if where == "step" else 2]))
+    seconds = time.monotonic() - start
+    when = "step 3 of episode 0" if where == "step" else "the reset of episode 1"
+    assert re.fullmatch(f"Faulty-{kind}-v0 number 2 " + TOLD[kind].format(when), str(caught.value)), str(caught.value)
+    assert seconds < 1 + (0.6 if kind in ("sleep", "spin") else 0)
+    assert TRACED.get(kind, "") in "\n".join(getattr(caught.value, "__notes__", []))
+    assert (len(workers) > 0) == (backend == "processes")
+    assert not any(alive(pid) for pid in workers)
+    with pytest.raises(RunError, match="are closed"):
+        batch.step(nothing)
     batch.close()
 
 
@@ -181,8 +221,8 @@ def test_what_an_environment_raises_in_a_worker_is_told() -> None:
         ("CartPol-v1", r"unknown environment 'CartPol-v1'; nearest: CartPole-v1"),
         ("halfcheetah-v5", r"nearest: HalfCheetah-v5"),
         ("nothing like it", r"unknown environment 'nothing like it'"),
-        ("DiscreteObservation-v0", r"observation space Discrete\(16\); supported: Box$"),
-        ("ManyActions-v0", r"action space MultiDiscrete\(\[2 3\]\); supported: Box, Discrete$"),
+        ("TextObservation-v0", r"observation space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these$"),
+        ("TextAction-v0", r"action space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary$"),
         ("MissingPackage-v0", r"needs a package that is not installed .*pip install 'onetorch\[rl\]'"),
     ],
 )
@@ -201,13 +241,68 @@ def test_wrong_arguments() -> None:
         envs.make("Pendulum-v1", 2, 0, "sync").load_state_dict(envs.make("Pendulum-v1", 3, 0, "sync").state_dict())
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ("OldReset-v0", r"gave ndarray from reset at the reset of episode 0: expected a tuple \(observation, info\)"),
+        ("OldStep-v0", r"gave 4 values from step at step 1 of episode 0: expected a tuple \(observation, reward, terminated, truncated, info\)"),
+        ("RewardList-v0", r"gave the reward array\(\[1\.\]\) at step 1 of episode 0: expected a number"),
+        ("NoFlag-v0", r"gave the terminated None at step 1 of episode 0: expected True or False"),
+    ],
+)
+def test_answers_of_another_form_are_named(env: str, told: str, backend: str) -> None:
+    with pytest.raises(RunError, match=told):
+        envs.make(env, 2, 0, backend).step(torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_worker_killed_between_two_steps_is_named() -> None:
+    batch = envs.make("Endless-v0", 2, 0, "processes")
+    group = batch.groups[-1]  # type: ignore[attr-defined]
+    os.kill(group.process.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match="Endless-v0 number 1 lost its process to SIGKILL at "):
+        batch.step(torch.zeros(2, dtype=torch.int64))
+    assert not any(alive(g.process.pid) for g in batch.groups)  # type: ignore[attr-defined]
+
+
+def test_what_an_environment_started_is_ended_with_it() -> None:
+    batch = envs.make("Starter-v0", 1, 0, "processes")
+    child = int(batch.step(torch.ones(1, dtype=torch.int64))[0].item())
+    assert alive(child)
+    with pytest.raises(RunError, match="lost its process to SIGKILL"):
+        batch.step(torch.zeros(1, dtype=torch.int64))
+    deadline = time.monotonic() + 5
+    while alive(child):
+        assert time.monotonic() < deadline, "what the environment started is still there"
+        time.sleep(0.02)
+
+
+def test_the_clock_is_given_back_after_each_step() -> None:
+    batch = envs.make("Endless-v0", 1, 0, "sync", timeout=0.4)
+    batch.step(torch.zeros(1, dtype=torch.int64))
+    time.sleep(0.6)  # an update that takes longer than a step may
+    batch.step(torch.zeros(1, dtype=torch.int64))
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_slow_environments_do_not_hang_together() -> None:
+    """The timeout is of one step of one environment: five of 0.15 s are no hang of 0.4 s."""
+    for backend in ("sync", "processes"):
+        batch = envs.make("Slow-v0", 5, 0, backend, timeout=0.4)
+        batch.step(torch.zeros(5, dtype=torch.int64))
+        batch.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, busy: bool) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time\n"
+        "import rl_tasks, sys, time, torch\n"
         "from onetorch.rl import envs\n"
-        "batch = envs.make('Pendulum-v1', 2, 0, 'processes')\n"
+        "batch = envs.make('Faulty-spin-v0', 2, 0, 'processes')\n"
         "print(*(group.process.pid for group in batch.groups), flush=True)\n"
+        f"batch.step(torch.full((2,), {int(busy)}))\n"
         "time.sleep(60)\n"
     )
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -218,12 +313,12 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert all(alive(pid) for pid in workers)
     for pid in workers:
         os.kill(pid, signal.SIGTERM)  # what reaches a whole process group must not end a worker before its parent
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert all(alive(pid) for pid in workers)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 5
     while any(alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.02)

@@ -147,10 +147,10 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_gradients_reach_every_weight(env: str) -> None:
-    config = dataclasses.replace(SMALL, env=env, entropy_coef=0.01)
+    config = dataclasses.replace(SMALL, env=env, entropy_coef=0.01, lr=1e-2)
     state = ppo.begin(config, 8, "native" if env == "CartPole-v1" else "sync")
     before = {name: p.clone() for name, p in state.model.named_parameters()}
-    ppo.update(config, state, ppo.rollout(config, state, 32), lr=1e-2)
+    ppo.update(config, state, ppo.rollout(config, state, 32))
     assert all(not torch.equal(p, before[name]) for name, p in state.model.named_parameters())
 
 
@@ -170,11 +170,11 @@ def test_learns_from_box_actions(tmp_path: Path) -> None:
 
 
 def test_target_kl_ends_the_epochs() -> None:
-    config = dataclasses.replace(SMALL, epochs=50, clip=5.0)
+    config = dataclasses.replace(SMALL, epochs=50, clip=5.0, lr=3e-2)
     kl = {}
     for target in (None, 0.01):
         state = ppo.begin(config, 8, "native")
-        kl[target] = ppo.update(dataclasses.replace(config, target_kl=target), state, ppo.rollout(config, state, 32), lr=3e-2)["kl"]
+        kl[target] = ppo.update(dataclasses.replace(config, target_kl=target), state, ppo.rollout(config, state, 32))["kl"]
     assert 0.01 < (kl[0.01] or 0) < 0.5 * (kl[None] or 0)
 
 
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
     before = [p.clone() for p in state.model.parameters()]
     with Run(tmp_path / "run", config, quiet=True) as run:
         with pytest.raises(NonFinite, match="loss is nan"):
-            ppo.update(dataclasses.replace(config, minibatches=1), state, batch, 1e-3, run)
+            ppo.update(dataclasses.replace(config, minibatches=1), state, batch, 1.0, run)
         assert all(torch.equal(p, q) for p, q in zip(before, state.model.parameters(), strict=True))
 
 

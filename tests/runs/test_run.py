@@ -637,3 +637,41 @@ def capture(*words: str) -> str:
         return sys.stdout.getvalue()
     finally:
         sys.stdout = stream
+
+
+def test_time_belongs_to_the_phase_that_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    with Run(tmp_path / "run", idea.Config(), quiet=True) as run:
+        now += 50  # before the loop: nobody's
+        run.phase("plan")
+        for i in run.steps(0, 3):
+            now += 1.0
+            run.phase("action")
+            now += 2.0
+            run.phase("update")
+            now += 0.5
+            run.phase("action")
+            now += 0.25 * i  # unnamed: 0.25 + 0.5 + 0.75
+        now += 50  # after it
+        assert run.phases() == {"action": 4.5, "update": 6.0, "rest": 1.5}
+    assert folder.read_json(tmp_path / "run" / "run.json")["phases"] == {"action": 4.5, "update": 6.0, "rest": 1.5}
+
+
+def test_a_run_without_phases_has_none(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    assert folder.read_json(tmp_path / "run" / "run.json")["phases"] == {}
+
+
+def test_config_typed_at_a_prompt_stands_in_no_file(tmp_path: Path) -> None:
+    code = f"""
+import dataclasses, onetorch
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+with onetorch.Run({str(tmp_path / "run")!r}, Config(), quiet=True) as run:
+    assert run.record["git"] is None
+"""
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60, env=paths)
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@ import importlib
 import pytest
 import torch
 
-from onetorch.sparse import Layout, attention, patterns, reference
+from onetorch.sparse import KeyValueCache, Layout, attention, cpu, decode, patterns, reference
 
 operators = importlib.import_module("onetorch.sparse.attention")
 BOUND = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -70,7 +70,7 @@ def random_case(seed):
 
 
 def test_random_cases(path):
-    ratios = {seed: random_case(seed) for seed in range(400 if path == "compiled" else 120)}
+    ratios = {seed: random_case(seed) for seed in range({"compiled": 400, "pytorch": 120, "triton": 12}[path])}
     assert max(ratios.values()) <= 1, {seed: ratio for seed, ratio in ratios.items() if ratio > 1}
 
 
@@ -122,7 +122,7 @@ def test_operator_passes_opcheck(path):
     layout = patterns.local(20, 8, 9)
     q, k, v = (torch.randn(1, h, 20, 4, generator=g, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     padding = torch.ones(1, 20, dtype=torch.bool)
-    torch.library.opcheck(operators._attention, (q, k, v, layout.index, 8, 8, 1, 0.5, True, None, None, padding, None))
+    torch.library.opcheck(operators._attention, (q, k, v, layout.index, 8, 8, 1, 0.5, True, None, None, padding, None, 0.0, None))
 
 
 def test_compiles_whole():
@@ -193,6 +193,173 @@ def test_empty_and_nothing_to_see(path):
     assert attention(q[:0], k[:0], v[:0], layout).shape == (0, 1, 16, 4)
 
 
+def dropped_share(q, k, layout, seed, dropout, **options):
+    """(B, H, S, S): the factor of each probability, read off with the identity as values."""
+    S = q.shape[2]
+    values = torch.eye(S, dtype=q.dtype).expand(q.shape[0], k.shape[1], S, S)
+    plain, dropped = (attention(q, k, values, layout, dropout=p, seed=seed, **options) for p in (0.0, dropout))
+    return torch.where(plain > 0, dropped / plain.clamp_min(1e-300), 0.0), plain > 0
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_dropout(path, heads):
+    """Each probability is either dropped or scaled, at random; forward and gradients are those of dense attention under the mask that is read off."""
+    g = torch.Generator().manual_seed(0)
+    B, H, Hk, S, D, p = 2, 4, 2, 72, 8, 0.3
+    mask = torch.ones(*([heads] if heads else []), 5, 5, dtype=torch.bool).tril()
+    layout = Layout.from_mask(mask, 16, S)
+    q, k, v = (torch.randn(B, h, S, D, generator=g, dtype=torch.float64, requires_grad=True) for h in (H, Hk, Hk))
+    factor, sees = dropped_share(q.detach(), k.detach(), layout, 7, p, causal=True)
+    assert torch.allclose(factor[factor > 0], torch.tensor(1 / 0.7, dtype=torch.float64), rtol=1e-9)
+    factor = (factor > 0).double() / 0.7
+    rate = 1 - float((factor > 0)[sees].double().mean())
+    assert rate == pytest.approx(p, abs=4 * (p * (1 - p) / int(sees.sum())) ** 0.5)
+    for other in range(1, B * H):  # every head of every batch has its own
+        same = ((factor.flatten(0, 1)[0] > 0) == (factor.flatten(0, 1)[other] > 0))[sees[0, 0]].double().mean()
+        assert float(same) == pytest.approx(p**2 + (1 - p) ** 2, abs=0.05)
+    out, lse = attention(q, k, v, layout, causal=True, dropout=p, seed=7, return_lse=True)
+    keys, values = (t.repeat_interleave(H // Hk, 1) for t in (k, v))
+    scores = (D**-0.5 * q @ keys.mT).masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), -torch.inf)
+    want = (torch.softmax(scores, -1) * factor) @ values
+    weight, weight_lse = (torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (out, lse))
+    assert error(out, want.detach()) <= 1e-12
+    assert error(lse, scores.logsumexp(-1).detach()) <= 1e-12
+    got = torch.autograd.grad((out * weight).sum() + (lse * weight_lse).sum(), (q, k, v))
+    for a, b in zip(got, torch.autograd.grad((want * weight).sum() + (scores.logsumexp(-1) * weight_lse).sum(), (q, k, v)), strict=True):
+        assert error(a, b) <= 1e-12
+    assert torch.equal(out, attention(q, k, v, layout, causal=True, dropout=p, seed=torch.tensor([7])))
+    assert not torch.equal(out, attention(q, k, v, layout, causal=True, dropout=p, seed=8))
+    torch.manual_seed(3)
+    drawn = attention(q, k, v, layout, causal=True, dropout=p)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, attention(q, k, v, layout, causal=True, dropout=p))
+    assert not torch.equal(drawn, attention(q, k, v, layout, causal=True, dropout=p))
+    for dtype in (torch.float32, torch.bfloat16):
+        low = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*low, layout, causal=True, dropout=p, seed=7)
+        assert error(out, want.detach()) <= (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler on this machine")
+def test_both_paths_drop_the_same(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    for heads, block, seed in ((None, (16, 8), 2**63 - 1), (3, (8, 32), 12345), (None, 64, 0)):
+        mask = torch.rand(*([heads] if heads else []), -(-70 // (block if isinstance(block, int) else block[0])), 9, generator=g) < 0.7
+        layout = Layout.from_mask(mask[..., : -(-70 // (block if isinstance(block, int) else block[1]))], block, 70)
+        q, k = (torch.randn(2, 3, 70, 8, generator=g, dtype=torch.float64) for _ in range(2))
+        compiled, sees = dropped_share(q, k, layout, seed, 0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "library", lambda: None)
+            plain, _ = dropped_share(q, k, layout, seed, 0.5)
+        assert torch.equal(compiled > 0, plain > 0)
+        assert 0.4 < float((plain > 0)[sees].double().mean()) < 0.6
+
+
+def test_dropout_compiles_and_passes_opcheck(path):
+    g = torch.Generator().manual_seed(0)
+    layout = patterns.local(20, 8, 9)
+    q, k, v = (torch.randn(1, h, 20, 4, generator=g, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+    torch.library.opcheck(operators._attention, (q, k, v, layout.index, 8, 8, 1, 0.5, True, None, None, None, None, 0.3, torch.tensor([5])))
+    compiled = torch.compile(lambda q, k, v, s: attention(q, k, v, layout, causal=True, dropout=0.3, seed=s), fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        s = torch.tensor([seed])
+        assert torch.equal(compiled(q, k, v, s), attention(q, k, v, layout, causal=True, dropout=0.3, seed=s))
+
+
+def random_decode(seed):
+    """A whole sequence token group by token group over a cache whose rest is NaN, against attention over the whole."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+
+    block, S, B, Hk = (8 << pick(0, 3), 8 << pick(0, 3)), pick(1, 90), pick(1, 3), pick(1, 3)
+    H = Hk * pick(1, 3)
+    heads = (H,) if pick(0, 2) else ()
+    layout = Layout.from_mask(torch.rand(*heads, -(-S // block[0]), -(-S // block[1]), generator=g) < 0.6, block, S)
+    q, k, v = (torch.randn(B, h, S, 8, generator=g, dtype=torch.float64) for h in (H, Hk, Hk))
+    options = {"scale": 0.7, "causal": True}
+    if pick(0, 2):
+        options["order"] = torch.randperm(S, generator=g)
+    if pick(0, 2):
+        options["groups"] = torch.randint(0, 2, (S,), generator=g)
+    if pick(0, 2):
+        options["mask"] = layout.from_dense((torch.rand(*heads, S, S, generator=g) < 0.8).double()).bool()
+    padding = torch.rand(B, S, generator=g) < 0.8 if pick(0, 2) else None
+    want = attention(q, k, v, layout, key_padding=padding, **options)
+    cache = KeyValueCache(B, Hk, S, 8, dtype=torch.float64)
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    parts = []
+    while cache.length < S:
+        start, n = cache.length, pick(1, 4)
+        new = slice(start, min(S, start + n))
+        cache.append(k[:, :, new], v[:, :, new])
+        if padding is not None:
+            options["key_padding"] = padding
+        parts.append(decode(q[:, :, new], cache.k, cache.v, layout, start, **options))
+    return error(torch.cat(parts, 2), want)
+
+
+def test_decode_is_attention_token_by_token():
+    errors = {seed: random_decode(seed) for seed in range(150)}
+    assert max(errors.values()) <= 1e-12, {seed: e for seed, e in errors.items() if e > 1e-12}
+
+
+def test_decode_low_precision_and_without_causal():
+    g = torch.Generator().manual_seed(0)
+    layout = patterns.local(64, 16, 20)
+    q, k, v = (torch.randn(1, 2, 64, 16, generator=g) for _ in range(3))
+    want = reference.attention(q[:, :, 40:43], k[:, :, :43], v[:, :, :43], layout.element_mask()[40:43, :43], 0.25)
+    assert error(decode(q[:, :, 40:43], k, v, layout, 40, causal=False), want) <= 5e-6
+    low = decode(*(t.bfloat16() for t in (q[:, :, 40:43], k, v)), layout, 40, causal=False)
+    assert low.dtype == torch.bfloat16
+    assert error(low, want) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 15}, r"start: expected 2 tokens from 15 on within a cache of 16 and a layout of \(16, 16\)"),
+        ({"start": -1}, "start: expected 2 tokens from -1 on"),
+        ({"k": torch.zeros(2, 3, 16, 4), "v": torch.zeros(2, 3, 16, 4)}, r"k, v: expected \(2, a divisor of 4, tokens, 4\)"),
+        ({"q": torch.zeros(4, 2, 4)}, "q: expected"),
+        ({"v": torch.zeros(2, 2, 16, 4).double()}, "v: expected .* of one dtype on cpu, got .* torch.float64"),
+        ({"key_padding": torch.ones(2, 15, dtype=torch.bool)}, r"key_padding: expected \(2, 16\) bool"),
+        ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
+        ({"order": torch.zeros(15).long()}, r"order: expected \(16,\)"),
+        ({"layout": Layout.from_mask(torch.ones(3, 2, 2, dtype=torch.bool), 8)}, "layout: expected one for all heads or 4"),
+    ],
+)
+def test_decode_wrong_arguments(change, message):
+    arguments = {"q": torch.zeros(2, 4, 2, 4), "k": torch.zeros(2, 2, 16, 4), "v": torch.zeros(2, 2, 16, 4), "layout": patterns.causal(16, 8), "start": 3}
+    with pytest.raises(ValueError, match=message):
+        decode(**(arguments | change))
+    with pytest.raises(ValueError, match="k: expected up to 1 tokens for a cache"):
+        KeyValueCache(2, 2, 1, 4).append(torch.zeros(2, 2, 2, 4), torch.zeros(2, 2, 2, 4))
+
+
+def test_under_vmap(path):
+    """A new dimension equals one call for each of its elements, forward and (batched gradients) backward."""
+    g = torch.Generator().manual_seed(0)
+    layout = patterns.local(20, 8, 9)
+    q, k, v = (torch.randn(3, 1, h, 20, 4, generator=g, dtype=torch.float64) for h in (4, 2, 2))
+    padding = torch.rand(3, 1, 20, generator=g) < 0.8
+    together = torch.func.vmap(lambda q, k, v, p: attention(q, k, v, layout, causal=True, key_padding=p), in_dims=(0, None, 0, 0))(q, k[0], v, padding)
+    for n in range(3):
+        assert torch.equal(together[n], attention(q[n], k[0], v[n], layout, causal=True, key_padding=padding[n]))
+    inputs = [t[0].requires_grad_() for t in (q, k, v)]
+    out = attention(*inputs, layout, causal=True)
+    grads = torch.randn(3, *out.shape, generator=g, dtype=torch.float64)
+    batched = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        for a, b in zip(batched, torch.autograd.grad(out, inputs, grads[n], retain_graph=True), strict=True):
+            assert torch.equal(a[n], b)
+    masks = torch.ones(3, *layout.values_shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask: expected the same for every element of vmap"):
+        torch.func.vmap(lambda m: attention(q[0], k[0], v[0], layout, mask=m))(masks)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,6 +375,8 @@ def test_empty_and_nothing_to_see(path):
         ({"key_padding": torch.ones(2, 15, dtype=torch.bool)}, r"key_padding: expected \(2, 16\) bool"),
         ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
         ({"groups": torch.zeros(15, dtype=torch.int64)}, r"groups: expected \(16,\) int64"),
+        ({"dropout": 1.0}, r"dropout: expected a share in 0\.\.1, not 1, got 1.0"),
+        ({"dropout": 0.5, "seed": torch.zeros(2).long()}, r"seed: expected an int or \(1,\) int64 on cpu, got \(2,\)"),
         ({"order": torch.zeros(16)}, r"order: expected \(16,\) int64"),
         ({"order": torch.zeros(16, dtype=torch.int64)}, r"order: expected a permutation of 0\.\.15"),
     ],

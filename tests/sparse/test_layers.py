@@ -97,8 +97,27 @@ def test_state_travels_through_safetensors(tmp_path):
     save_file(a.state_dict(), tmp_path / "layer.safetensors")
     b.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert torch.equal(a.to_dense(), b.to_dense())
-    with pytest.raises(ValueError, match="layout_mask: expected weights of Layout"):
-        layer(seed=2).load_state_dict(a.state_dict())
+
+
+def test_the_layout_is_loaded_with_the_weights():
+    a, b = layer(seed=1), layer(seed=2)
+    assert a.layout != b.layout
+    assert a.layout.kept != b.layout.kept
+    parameter = b.weight
+    b.load_state_dict(a.state_dict())
+    assert b.weight is parameter
+    assert b.layout == a.layout
+    x = torch.randn(3, 72)
+    assert torch.equal(a(x), b(x))
+    c = Linear(72, 100, layer(seed=2).layout, device="meta")
+    c.load_state_dict(a.state_dict(), assign=True)
+    assert torch.equal(a(x), c(x))
+    with pytest.raises(ValueError, match=r"layout_mask: expected weights of \(7, 9\) blocks of \(16, 8\), got those of \(13, 5\) blocks of \(8, 16\)"):
+        b.load_state_dict(layer(block=(8, 16)).state_dict())
+    broken = a.state_dict()
+    broken["weight"] = broken["weight"][1:]
+    with pytest.raises(ValueError, match=r"weight: expected the .* blocks of layout_mask, got"):
+        layer(seed=3).load_state_dict(broken)
 
 
 def test_moves_and_copies():

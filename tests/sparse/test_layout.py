@@ -148,3 +148,35 @@ def test_moves_to_another_device():
     layout = Layout.from_mask(MASK, 8).to("meta")
     assert layout.device.type == layout.index.device.type == "meta"
     assert layout.kept == 4
+
+
+def test_file(tmp_path):
+    path = tmp_path / "layout.safetensors"
+    for layout in (Layout.from_mask(MASK, (8, 32), (20, 100)), Layout.from_mask(torch.stack([MASK, ~MASK]), 16)):
+        layout.save(path)
+        assert Layout.load(path) == layout
+        theirs = load_file(path)  # the library reads ours, and we read what it writes
+        assert {name: tensor.tolist() for name, tensor in theirs.items()} == {name: tensor.tolist() for name, tensor in layout.state().items()}
+        save_file(theirs, path, metadata={"by": "safetensors"})
+        assert Layout.load(path) == layout
+    raw = path.read_bytes()
+    for cut in (0, 7, 8, 40, len(raw) - 1):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(ValueError, match=r"layout.safetensors: expected a layout in safetensors format"):
+            Layout.load(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"layout.safetensors: expected a layout in safetensors format"):
+        Layout.load(path)
+
+
+def test_crop_and_with_mask():
+    layout = Layout.from_mask(MASK, (8, 16), (22, 60))
+    assert torch.equal(layout.crop(9, 33).element_mask(), layout.element_mask()[:9, :33])
+    assert layout.crop(22, 60) == layout
+    with pytest.raises(ValueError, match=r"rows, columns: expected 1\.\.22 and 1\.\.60, got \(23, 1\)"):
+        layout.crop(23, 1)
+    other = layout.with_mask(~MASK, 8)
+    assert other == Layout.from_mask(~MASK, (8, 16), (22, 60))
+    assert torch.equal(other.index, Layout.from_mask(~MASK, (8, 16), (22, 60)).index)
+    with pytest.raises(ValueError, match=r"mask: expected \(3, 4\) bool on cpu"):
+        layout.with_mask(MASK.float(), 4)

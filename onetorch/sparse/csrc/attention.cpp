@@ -40,8 +40,26 @@ struct Problem {
   const int32_t *position, *group;   // (S) of each token, or null: its index, one group
   const uint8_t *padding;            // (B, Sk) 1 where a key exists, or null
   const uint8_t *mask;               // (kept, br, bc) 1 where allowed, or null
+  double dropout;                    // the share of the probabilities that is dropped; the others are scaled by 1 / (1 - dropout)
+  const int64_t *seed;
   int threads;
 };
+
+// Dropout: whether a probability is kept is a hash of (seed, batch and head, query, key), so the backward pass finds it again. `_keep` of attention.py is the same.
+inline uint32_t mix(uint32_t x) {
+  x ^= x >> 16; x *= 0x7feb352du; x ^= x >> 15; x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+template <int NR> void dropout_rows(const Problem& p, int64_t batch_head, int64_t row0, uint32_t* rows) {
+  if (p.dropout == 0) return;
+  const uint32_t head = mix(mix(uint32_t(*p.seed) ^ mix(uint32_t(uint64_t(*p.seed) >> 32) + 0x9e3779b9u)) + uint32_t(batch_head));
+  for (int e = 0; e < NR; e++) rows[e] = mix(head ^ (uint32_t(row0 + e) * 0x9e3779b1u));
+}
+template <class Acc, int NR> inline void keep_factors(const Problem& p, const uint32_t* rows, int64_t key, Acc* factor) {
+  const uint32_t drop = uint32_t(std::min(4294967295.0, std::nearbyint(p.dropout * 4294967296.0))), column = mix(uint32_t(key) ^ 0xc2b2ae35u);
+  const Acc scale = Acc(1 / (1 - p.dropout));
+  UNROLL for (int e = 0; e < NR; e++) factor[e] = mix(rows[e] + column) < drop ? Acc(0) : scale;
+}
 
 // Sets the scores (bc x NR) that are not allowed to -infinity. Returns false where no score of the block is allowed.
 template <class Acc, int NR> bool restrict_scores(const Problem& p, int64_t b, int64_t row0, int64_t c, int64_t block, Acc* scores) {
@@ -165,6 +183,8 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const int64_t
       const int64_t head = b * p.Hk + h / (p.H / p.Hk), line = (p.layout_heads > 1 ? h : 0) * p.R + row0 / p.br;
       pack_panel<T, E, P>(query, q + b * qs[0] + h * qs[1] + row0 * qs[2], p.D, D, row1 - row0, NR, 1, qs[2]);
       std::fill(o, o + Dv * NR, Acc(0));
+      uint32_t row_hash[NR];
+      dropout_rows<NR>(p, bh, row0, row_hash);
       V m[NV], l[NV];
       for (int j = 0; j < NV; j++) { m[j] = V{} + none; l[j] = V{}; }
       for (int64_t t = p.offsets[line]; t < p.offsets[line + 1]; t++) {
@@ -191,6 +211,12 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const int64_t
             std::memcpy(scores + i * NR + j * VW, &s, sizeof(s));
           }
         }
+        if (p.dropout > 0)  // after the sum: the probabilities are dropped, not the scores
+          for (int64_t i = 0; i < p.bc; i++) {
+            Acc factor[NR];
+            keep_factors<Acc, NR>(p, row_hash, c * p.bc + i, factor);
+            UNROLL for (int e = 0; e < NR; e++) scores[i * NR + e] *= factor[e];
+          }
         to_panel<Acc, E, P, NR>(panel, scores, p.bc);
         for (int64_t d = 0; d < Dv; d += ROWS) {
           Acc* od = o + d * NR;
@@ -219,11 +245,12 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
   const int64_t D = Size<Acc>::pad(p.D), Dv = Size<Acc>::pad(p.Dv), keys = p.C * p.bc, strips = p.R * p.br / NR;
   const Acc *lse = static_cast<const Acc*>(lse_in), *dlse = static_cast<const Acc*>(lse_grad);
   const int64_t sums = keys * (D + Dv), blocks = p.bc * NR, packed = keys * (2 * D + Dv) + 2 * NR * (D + Dv) + 3 * blocks;
-  Buffer<Acc> accumulators(p.threads * (sums + 2 * blocks + D * NR));
+  const int64_t each = sums + (p.dropout > 0 ? 3 : 2) * blocks + D * NR;
+  Buffer<Acc> accumulators(p.threads * each);
   Buffer<E> packs(p.threads * packed);
   PRAGMA(omp parallel num_threads(p.threads) if (p.threads > 1)) {
-    Acc* dkey = accumulators.data + thread_index() * (sums + 2 * blocks + D * NR);
-    Acc *dvalue = dkey + keys * D, *prob = dvalue + keys * Dv, *dscore = prob + blocks, *dquery = dscore + blocks;
+    Acc* dkey = accumulators.data + thread_index() * each;
+    Acc *dvalue = dkey + keys * D, *prob = dvalue + keys * Dv, *dscore = prob + blocks, *dquery = dscore + blocks, *factor = dquery + D * NR;
     E* krows = packs.data + thread_index() * packed;
     E *kcols = krows + keys * D, *vrows = kcols + keys * D, *query = vrows + keys * Dv, *query_cols = query + D * NR, *grads = query_cols + D * NR, *grad_cols = grads + Dv * NR;
     E *prob_rows = P == 1 ? reinterpret_cast<E*>(prob) : grad_cols + Dv * NR;
@@ -260,6 +287,8 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
             delta[e] = dot - (dlse ? dlse[at + e] : Acc(0));
           }
           std::fill(dquery, dquery + D * NR, Acc(0));
+          uint32_t row_hash[NR];
+          dropout_rows<NR>(p, b * p.H + h, row0, row_hash);
           for (int64_t t = p.offsets[line]; t < p.offsets[line + 1]; t++) {
             const int64_t c = p.columns[t] % p.C;
             const int limit = restriction(p, row0, row1, c);
@@ -274,12 +303,19 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
                 V s = exponential<VW>(load<V>(prob + i * NR + j * VW) - load<V>(log_sum + j * VW));
                 std::memcpy(prob + i * NR + j * VW, &s, sizeof(s));
               }
+            if (p.dropout > 0) for (int64_t i = 0; i < p.bc; i++) keep_factors<Acc, NR>(p, row_hash, c * p.bc + i, factor + i * NR);
             for (int64_t i = 0; i < p.bc; i += ROWS)
               micro<U, Acc, VW, ROWS, NV, kChunk / P>(
                   1, Dv / P, nullptr, 0, [&](int64_t, const U*& x, const U*& y) { x = reinterpret_cast<const U*>(vrows + (c * p.bc + i) * Dv); y = reinterpret_cast<const U*>(grads); },
                   [&](int r, int j, V s) {
                     const int64_t e = (i + r) * NR + j * VW;
                     V w = load<V>(prob + e);
+                    if (p.dropout > 0) {
+                      const V f = load<V>(factor + e);
+                      s = f == Acc(0) ? V{} : s * f;  // the value of a dropped probability takes no part
+                      const V dropped = w * f;
+                      std::memcpy(prob + e, &dropped, sizeof(s));
+                    }
                     s = w * (s - load<V>(delta + j * VW)) * Acc(p.scale);
                     s = w == Acc(0) ? V{} : s;  // what is not allowed takes no part, whatever stands in its value
                     std::memcpy(dscore + e, &s, sizeof(s));
@@ -315,8 +351,9 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
   }
 }
 
-Problem problem(const int64_t* s, const int32_t* offsets, const int32_t* columns, double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, int threads) {
-  return Problem{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], offsets, columns, scale, causal, position, group, padding, mask, threads};
+Problem problem(const int64_t* s, const int32_t* offsets, const int32_t* columns, double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, double dropout,
+                const int64_t* seed, int threads) {
+  return Problem{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], offsets, columns, scale, causal, position, group, padding, mask, dropout, seed, threads};
 }
 }  // namespace
 
@@ -324,17 +361,18 @@ extern "C" {
 // sizes: B, H, Hk, S, Sk, D, Dv, R, C, br, bc, heads of the layout (1 or H). Strides: batch, head, token, in elements; the last dimension is contiguous. `out`, `grad` and
 // the gradients are contiguous. lse is (B, H, S) in the accumulator's type. Returns as the products do.
 int onetorch_attention(int dtype, const void* q, const void* k, const void* v, const int64_t* sizes, const int64_t* qs, const int64_t* ks, const int64_t* vs, const int32_t* offsets, const int32_t* columns,
-                       double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, void* out, void* lse, int threads) {
-  const Problem p = problem(sizes, offsets, columns, scale, causal, position, group, padding, mask, threads);
+                       double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, double dropout, const int64_t* seed, void* out,
+                       void* lse, int threads) {
+  const Problem p = problem(sizes, offsets, columns, scale, causal, position, group, padding, mask, dropout, seed, threads);
   return dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     widths<T>(p.br, [&](auto vw, auto nv) { forward<T, vw(), nv()>(p, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), qs, ks, vs, static_cast<T*>(out), lse); });
   });
 }
 int onetorch_attention_backward(int dtype, const void* q, const void* k, const void* v, const int64_t* sizes, const int64_t* qs, const int64_t* ks, const int64_t* vs, const int32_t* offsets,
-                                const int32_t* columns, double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, const void* out, const void* lse,
+                                const int32_t* columns, double scale, int causal, const int32_t* position, const int32_t* group, const uint8_t* padding, const uint8_t* mask, double dropout, const int64_t* seed, const void* out, const void* lse,
                                 const void* dlse, const void* grad, void* dq, void* dk, void* dv, int threads) {
-  const Problem p = problem(sizes, offsets, columns, scale, causal, position, group, padding, mask, threads);
+  const Problem p = problem(sizes, offsets, columns, scale, causal, position, group, padding, mask, dropout, seed, threads);
   return dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     widths<T>(p.br, [&](auto vw, auto nv) {
