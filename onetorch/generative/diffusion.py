@@ -161,10 +161,17 @@ def posterior(x: Tensor, x0: Tensor, alpha: tuple[Tensor, Tensor], sigma: tuple[
 
 
 class Linear(nn.Linear):
-    """A matrix kept in float32 and applied in the dtype of its input: in bfloat16 on a CPU twice as fast as autocast, which takes every norm back to float32."""
+    """A matrix kept in float32 and applied in the dtype of its input: autocast takes every norm back to float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sdpa: bool) -> Tensor:
+    """Attention of (B, heads, T, D). torch's own is slow on a CPU in the backward pass where sequences are short: there the speed plan says not `sdpa`."""
+    if sdpa:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.softmax(q @ (k * k.size(-1) ** -0.5).transpose(-2, -1), -1) @ v
 
 
 class Condition(nn.Module):
@@ -195,13 +202,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, sdpa: bool) -> Tensor:
         B, T, C = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, 2)  # each (B, 1, C)
         qkv = self.qkv(torch.addcmul(shift1, F.layer_norm(x, (C,)), 1 + scale1)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D)
         q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C)
+        y = attend(q, k, v, sdpa).transpose(1, 2).reshape(B, T, C)
         x = torch.addcmul(x, gate1, self.out(y))
         h = F.relu(self.up(torch.addcmul(shift2, F.layer_norm(x, (C,)), 1 + scale2))).square()
         return torch.addcmul(x, gate2, self.down(h))
@@ -224,13 +231,13 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
         (B, C, _, _), p, (h, w) = x.shape, self.patch, self.grid
         condition = self.condition(t, labels).to(dtype)
         tokens = x.view(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * p * p).to(dtype)
         y = self.enter(tokens) + self.place.to(dtype)  # (B, h w, width)
         for block in self.blocks:
-            y = block(y, condition)
+            y = block(y, condition, sdpa)
         shift, scale = self.modulation(condition)[:, None].chunk(2, 2)
         y = self.leave(torch.addcmul(shift, F.layer_norm(y, y.shape[-1:]), 1 + scale))
         return y.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
@@ -260,10 +267,10 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sdpa: bool) -> Tensor:
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(3, 4).unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+        y = attend(q, k, v, sdpa).transpose(2, 3).reshape(B, C, H, W)
         return x + self.out(y)
 
 
@@ -290,11 +297,11 @@ class UNet(nn.Module):
         self.norm, self.leave = nn.GroupNorm(8, inner), nn.Conv2d(inner, config.shape[0], 3, padding=1)
         nn.init.zeros_(self.leave.weight)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self._forward(x, t, labels)
+            return self._forward(x, t, labels, sdpa)
 
-    def _forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor, sdpa: bool) -> Tensor:
         condition = self.condition(t, labels)
         y, kept = self.enter(x), []
         for stage, halve in zip(self.descent, self.halve, strict=True):
@@ -303,7 +310,7 @@ class UNet(nn.Module):
                 kept.append(y)
             y = halve(y)
         first, attention, last = self.middle
-        y = last(attention(first(y, condition)), condition)
+        y = last(attention(first(y, condition), sdpa), condition)
         for i, (stage, enlarge) in enumerate(zip(self.ascent, self.enlarge, strict=True)):
             for block in stage.children():
                 y = block(torch.cat([y, kept.pop()], 1), condition)
@@ -312,16 +319,16 @@ class UNet(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """The network, and how to ask it. `dtype` is that of the arithmetic and `layout` of the pictures in memory; the speed plan sets both."""
+    """The network, and how to ask it. `dtype` of the arithmetic, `sdpa` and `layout` are the speed plan's and no part of the model."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.dtype = config, torch.float32
+        self.config, self.dtype, self.sdpa, self.layout = config, torch.float32, False, torch.contiguous_format
         self.net = Transformer(config) if config.backbone == "transformer" else UNet(config)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The objective's prediction (B, C, H, W) float32 at x (B, C, H, W), times t (B,), labels (B,) int64 (`classes` stands for none)."""
-        return self.net(x, t, labels, self.dtype).float()
+        return self.net(x.contiguous(memory_format=self.layout), t, labels, self.dtype, self.sdpa).float()
 
     def denoise(self, x: Tensor, t: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """x_0 as the network sees it from x at time t (), with guidance."""
@@ -477,7 +484,8 @@ def train(config: Config, run: Run) -> Diffusion:
         key=f"diffusion {config.backbone} {config.width} {config.depth} {config.patch} {config.stages} {config.shape} {config.batch}",
         dtype=("float32", "bfloat16"),
         threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
-        layout=("contiguous", "channels_last") if config.backbone == "unet" else ("contiguous",),
+        attention=("explicit", "sdpa"),
+        layout=("contiguous_format", "channels_last") if config.backbone == "unet" else ("contiguous_format",),
     )
     model, device = prepare(build(config), plan), plan["device"]
     digest = data.digest()
@@ -530,8 +538,9 @@ def draw(data: images.Images, config: Config, generator: torch.Generator) -> tup
 
 def prepare(model: Diffusion, choice: dict) -> Diffusion:
     """The model on its device, computing as the speed plan says."""
-    model.dtype = getattr(torch, choice["dtype"])
-    return model.to(choice["device"], memory_format=torch.channels_last if choice["layout"] == "channels_last" else torch.contiguous_format)  # type: ignore[call-overload]
+    model.dtype, model.sdpa = getattr(torch, choice["dtype"]), choice["attention"] == "sdpa"
+    model.layout = getattr(torch, choice["layout"])  # of activations; weights stay as they are, for a fused optimizer takes their state to lie as they do
+    return model.to(choice["device"])
 
 
 def trial(config: Config, choice: dict) -> Callable[[], None]:
