@@ -20,13 +20,22 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 
 
-def _tile(size: int, least: int = 16) -> int:
-    """The tile that holds `size`: a power of two, and what tl.dot takes at least."""
-    return max(least, triton.next_power_of_2(size))
+def _tile(size: int, most: int = 1 << 30) -> int:
+    """The tile that holds `size`, or a part of it: a power of two, at least what tl.dot takes."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _most(dtype: torch.dtype) -> int:
+    """The longest side of a tile. Exact float32 products have no tensor cores: a large tile of them is unrolled, and takes minutes to compile."""
+    return 32 if dtype == torch.float32 and _precision(dtype) == "ieee" else 128
 
 
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _warps(tile: int) -> int:
@@ -44,12 +53,13 @@ def _dds_kernel(
 ):  # fmt: skip
     """One tile (TM tokens, one output block). Neighbouring programs share their tokens, so that x is read from the cache."""
     at = tl.program_id(0)
-    line = at % (H * outer_blocks)  # output block, counted through all heads
-    g = (at // (H * outer_blocks * tiles)).to(tl.int64)
-    tile = at // (H * outer_blocks) % tiles
+    parts: tl.constexpr = (BO + TN - 1) // TN  # of an output block
+    line = at % (H * outer_blocks * parts) // parts  # output block, counted through all heads
+    g = (at // (H * outer_blocks * parts * tiles)).to(tl.int64)
+    tile = at // (H * outer_blocks * parts) % tiles
     h = line // outer_blocks
     m = tile * TM + tl.arange(0, TM)
-    n = tl.arange(0, TN)
+    n = at % parts * TN + tl.arange(0, TN)
     out = (line % outer_blocks) * BO + n
     n_there = (n < BO) & (out < N)
     begin = tl.load(offsets + line)
@@ -99,14 +109,13 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
         offsets, inner, position, BI, BO, inner_blocks, outer_blocks, v_k, v_n = row_offsets, block_columns, row_offsets, bc, br, C, R, 1, bc
     else:
         offsets, inner, position, BI, BO, inner_blocks, outer_blocks, v_k, v_n = column_offsets, block_rows, order, br, bc, R, C, bc, 1
-    wide = x.dtype == torch.float64
-    TM = min(_tile(M), 32 if wide else 128)
-    TK, TN = 32 if wide else 64, _tile(BO)
+    most = _most(x.dtype)
+    TM, TK, TN = _tile(M, most), min(64, most), _tile(BO, most)
     tiles = -(-M // TM)
-    _dds_kernel[(G * tiles * H * outer_blocks,)](
+    _dds_kernel[(G * tiles * H * outer_blocks * -(-BO // TN),)](
         x, values, bias if bias is not None else y, y, offsets, inner, position, M, K, columns, H, tiles, outer_blocks, inner_blocks,
         *x.stride(), kept * br * bc if sets > 1 else 0, br * bc, v_k, v_n, BI=BI, BO=BO, TM=TM, TK=TK, TN=TN, HAS_POSITION=not transpose,
-        HAS_BIAS=bias is not None, ACC=tl.float64 if wide else tl.float32, PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN), num_stages=3,
+        HAS_BIAS=bias is not None, ACC=_accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN), num_stages=3,
     )  # fmt: skip
     return y
 
@@ -116,12 +125,15 @@ def _sdd_kernel(
     a, b, values, rows, columns, G, K, M, N, kept, row_blocks, column_blocks, a_g, a_h, a_m, a_k, b_g, b_h, b_k, b_n,
     BR: tl.constexpr, BC: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, TN: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One kept block of one element of the batch, or of their sum."""
-    block = tl.program_id(0) % kept
-    first = tl.program_id(0) // kept
+    """A tile of one kept block of one element of the batch, or of their sum."""
+    down: tl.constexpr = (BR + TM - 1) // TM  # tiles of a block
+    across: tl.constexpr = (BC + TN - 1) // TN
+    part = tl.program_id(0) % (down * across)
+    block = tl.program_id(0) // (down * across) % kept
+    first = tl.program_id(0) // (down * across * kept)
     row, column = tl.load(rows + block), tl.load(columns + block)
     h = (row // row_blocks).to(tl.int64)
-    i, j, lane = tl.arange(0, TM), tl.arange(0, TN), tl.arange(0, TK)
+    i, j, lane = part // across * TM + tl.arange(0, TM), part % across * TN + tl.arange(0, TN), tl.arange(0, TK)
     m, n = (row % row_blocks) * BR + i, (column % column_blocks) * BC + j
     m_there, n_there = (i < BR) & (m < M), (j < BC) & (n < N)
     total = tl.zeros((TM, TN), dtype=ACC)
@@ -148,11 +160,11 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
     if not values.numel():
         return values
     rows, columns = index[index.shape[0] - kept :], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
-    wide = a.dtype == torch.float64
-    TM, TN = _tile(block[0]), _tile(block[1])
-    _sdd_kernel[(values.shape[0] * kept,)](
-        a, b, values, rows, columns, G, K, M, b.shape[3], kept, *grid, *a.stride(), *b.stride(), BR=block[0], BC=block[1], TM=TM, TK=16 if wide else 64,
-        TN=TN, REDUCE=reduce, ACC=tl.float64 if wide else tl.float32, PRECISION=_precision(a.dtype), num_warps=_warps(TM * TN), num_stages=3,
+    most = _most(a.dtype)
+    TM, TN = _tile(block[0], most), _tile(block[1], most)
+    _sdd_kernel[(values.shape[0] * kept * -(-block[0] // TM) * -(-block[1] // TN),)](
+        a, b, values, rows, columns, G, K, M, b.shape[3], kept, *grid, *a.stride(), *b.stride(), BR=block[0], BC=block[1], TM=TM, TK=min(64, most),
+        TN=TN, REDUCE=reduce, ACC=_accumulator(a.dtype), PRECISION=_precision(a.dtype), num_warps=_warps(TM * TN), num_stages=3,
     )  # fmt: skip
     return values
 
@@ -187,6 +199,16 @@ def _allowed(
 
 
 @triton.jit
+def _exp2(x):
+    return tl.exp(x * LN2) if x.dtype == tl.float64 else tl.exp2(x)  # in float64 there is no exp2
+
+
+@triton.jit
+def _log2(x):
+    return tl.log(x) / LN2 if x.dtype == tl.float64 else tl.log2(x)
+
+
+@triton.jit
 def _mix(x):
     """The hash of `attention._mix`, in uint32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -217,13 +239,15 @@ def _attention_kernel(
     CAUSAL: tl.constexpr, HAS_PLACE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block row of one head: a running softmax over its kept blocks (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
-    row = tl.program_id(0) % R
-    h = tl.program_id(0) // R % H
-    b = (tl.program_id(0) // (R * H)).to(tl.int64)
+    """A tile of one block row of one head: a running softmax over its kept blocks (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
+    down: tl.constexpr = (BR + TM - 1) // TM  # tiles of a block
+    across: tl.constexpr = (BC + TN - 1) // TN
+    row = tl.program_id(0) // down % R
+    h = tl.program_id(0) // (down * R) % H
+    b = (tl.program_id(0) // (down * R * H)).to(tl.int64)
     hk = h // (H // Hk)
     line = (h if heads > 1 else 0) * R + row
-    i, j, d, e = tl.arange(0, TM), tl.arange(0, TN), tl.arange(0, TD), tl.arange(0, TV)
+    i, d, e = tl.program_id(0) % down * TM + tl.arange(0, TM), tl.arange(0, TD), tl.arange(0, TV)
     query = row * BR + i
     there_q = (i < BR) & (query < S)
     queries = _rows_of(q + b * q_b + h.to(tl.int64) * q_h, query, q_s, there_q, d, D)
@@ -232,7 +256,8 @@ def _attention_kernel(
     total = tl.zeros((TM,), dtype=ACC)
     sums = tl.zeros((TM, TV), dtype=ACC)
     first_column = (h if heads > 1 else 0) * C
-    for block in range(tl.load(offsets + line), tl.load(offsets + line + 1)):
+    for part in range(tl.load(offsets + line) * across, tl.load(offsets + line + 1) * across):
+        block, j = part // across, part % across * TN + tl.arange(0, TN)
         key = (tl.load(columns + block) - first_column) * BC + j
         there_k = (j < BC) & (key < Sk)
         scores = tl.dot(queries, tl.trans(_rows_of(keys, key, k_s, there_k, d, D)), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
@@ -240,8 +265,8 @@ def _attention_kernel(
         scores = tl.where(allowed, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         origin = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-        p = tl.exp2(scores - origin[:, None])
-        shrink = tl.exp2(top - origin)
+        p = _exp2(scores - origin[:, None])
+        shrink = _exp2(top - origin)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:  # after the sum: the probabilities are dropped, not the scores
             p = tl.where(_keep(seed, drop, b * H + h, query, key), p * factor, 0.0)
@@ -252,7 +277,7 @@ def _attention_kernel(
     sums = tl.where(sees[:, None], sums / tl.where(sees, total, 1.0)[:, None], 0.0)
     at = (b * H + h) * S + query.to(tl.int64)
     tl.store(out + at[:, None] * Dv + e[None, :], sums.to(out.dtype.element_ty), mask=there_q[:, None] & (e < Dv)[None, :])
-    tl.store(lse + at, tl.where(sees, (top + tl.log2(tl.where(sees, total, 1.0))) * LN2, float("-inf")), mask=there_q)
+    tl.store(lse + at, tl.where(sees, (top + _log2(tl.where(sees, total, 1.0))) * LN2, float("-inf")), mask=there_q)
 
 
 @triton.jit
@@ -262,13 +287,15 @@ def _attention_dq_kernel(
     CAUSAL: tl.constexpr, HAS_PLACE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale sum_blocks P * (dP - delta) k, for one block row of one head."""
-    row = tl.program_id(0) % R
-    h = tl.program_id(0) // R % H
-    b = (tl.program_id(0) // (R * H)).to(tl.int64)
+    """dq = scale sum_blocks P * (dP - delta) k, for a tile of one block row of one head."""
+    down: tl.constexpr = (BR + TM - 1) // TM  # tiles of a block
+    across: tl.constexpr = (BC + TN - 1) // TN
+    row = tl.program_id(0) // down % R
+    h = tl.program_id(0) // (down * R) % H
+    b = (tl.program_id(0) // (down * R * H)).to(tl.int64)
     hk = h // (H // Hk)
     line = (h if heads > 1 else 0) * R + row
-    i, j, d, e = tl.arange(0, TM), tl.arange(0, TN), tl.arange(0, TD), tl.arange(0, TV)
+    i, d, e = tl.program_id(0) % down * TM + tl.arange(0, TM), tl.arange(0, TD), tl.arange(0, TV)
     query = row * BR + i
     there_q = (i < BR) & (query < S)
     at = (b * H + h) * S
@@ -280,13 +307,14 @@ def _attention_dq_kernel(
     keys, vals = k + b * k_b + hk.to(tl.int64) * k_h, v + b * v_b + hk.to(tl.int64) * v_h
     sums = tl.zeros((TM, TD), dtype=ACC)
     first_column = (h if heads > 1 else 0) * C
-    for block in range(tl.load(offsets + line), tl.load(offsets + line + 1)):
+    for part in range(tl.load(offsets + line) * across, tl.load(offsets + line + 1) * across):
+        block, j = part // across, part % across * TN + tl.arange(0, TN)
         key = (tl.load(columns + block) - first_column) * BC + j
         there_k = (j < BC) & (key < Sk)
         key_rows = _rows_of(keys, key, k_s, there_k, d, D)
         scores = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
         allowed = _allowed(block, query, key, i, j, b, S, Sk, place, group, padding, mask, BR, BC, CAUSAL, HAS_PLACE, HAS_GROUP, HAS_PADDING, HAS_MASK)
-        p = tl.where(allowed, tl.exp2(scores - norm[:, None]), 0.0)
+        p = tl.where(allowed, _exp2(scores - norm[:, None]), 0.0)
         dp = tl.dot(grads, tl.trans(_rows_of(vals, key, v_s, there_k, e, Dv)), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             dp = tl.where(_keep(seed, drop, b * H + h, query, key), dp * factor, 0.0)
@@ -304,11 +332,13 @@ def _attention_dkv_kernel(
     CAUSAL: tl.constexpr, HAS_PLACE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block column of one key head: over the query heads that share it, and over the transposed index."""
-    column = tl.program_id(0) % C
-    hk = tl.program_id(0) // C % Hk
-    b = (tl.program_id(0) // (C * Hk)).to(tl.int64)
-    i, j, d, e = tl.arange(0, TM), tl.arange(0, TN), tl.arange(0, TD), tl.arange(0, TV)
+    """dk and dv of a tile of one block column of one key head: over the query heads that share it, and over the transposed index."""
+    down: tl.constexpr = (BR + TM - 1) // TM  # tiles of a block
+    across: tl.constexpr = (BC + TN - 1) // TN
+    column = tl.program_id(0) // across % C
+    hk = tl.program_id(0) // (across * C) % Hk
+    b = (tl.program_id(0) // (across * C * Hk)).to(tl.int64)
+    j, d, e = tl.program_id(0) % across * TN + tl.arange(0, TN), tl.arange(0, TD), tl.arange(0, TV)
     key = column * BC + j
     there_k = (j < BC) & (key < Sk)
     key_rows = _rows_of(k + b * k_b + hk.to(tl.int64) * k_h, key, k_s, there_k, d, D)
@@ -319,7 +349,8 @@ def _attention_dkv_kernel(
     for h in range(hk * shared, hk * shared + shared):
         layer = h if heads > 1 else 0
         at = (b * H + h) * S
-        for t in range(tl.load(offsets + layer * C + column), tl.load(offsets + layer * C + column + 1)):
+        for part in range(tl.load(offsets + layer * C + column) * down, tl.load(offsets + layer * C + column + 1) * down):
+            t, i = part // down, part % down * TM + tl.arange(0, TM)
             block = tl.load(order + t)
             query = (tl.load(rows + t) - layer * R) * BR + i
             there_q = (i < BR) & (query < S)
@@ -329,7 +360,7 @@ def _attention_dkv_kernel(
             norm = tl.where(norm == float("-inf"), 0.0, norm)
             scores = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
             allowed = _allowed(block, query, key, i, j, b, S, Sk, place, group, padding, mask, BR, BC, CAUSAL, HAS_PLACE, HAS_GROUP, HAS_PADDING, HAS_MASK)
-            p = tl.where(allowed, tl.exp2(scores - norm[:, None]), 0.0)
+            p = tl.where(allowed, _exp2(scores - norm[:, None]), 0.0)
             dp = tl.dot(grads, tl.trans(value_rows), input_precision=PRECISION, out_dtype=ACC)
             dropped = p
             if DROPOUT:
@@ -347,9 +378,9 @@ def _attention_dkv_kernel(
 def _common(q, k, v, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed):
     """What the three kernels of attention take alike: arguments by name, whose pointers are any tensor where there is nothing to point to."""
     (_B, H, S, D), (Hk, Sk), Dv, none = q.shape, k.shape[1:3], v.shape[3], q
-    wide = q.dtype == torch.float64
+    most = min(_most(q.dtype), 64 if max(D, Dv) > 64 else 128)
     TD, TV = _tile(D), _tile(Dv)
-    sizes = {"TM": _tile(block[0]), "TN": _tile(block[1]), "TD": TD, "TV": TV}
+    sizes = {"TM": _tile(block[0], most), "TN": _tile(block[1], most), "TD": TD, "TV": TV}
     flags = {"HAS_PLACE": position is not None, "HAS_GROUP": group is not None, "HAS_PADDING": padding is not None, "HAS_MASK": mask is not None}
     restrictions = {"place": position, "group": group, "padding": padding, "mask": mask, "seed": seed}
     strides = {f"{n}_{axis}": t.stride(a) for n, t in (("q", q), ("k", k), ("v", v)) for a, axis in enumerate("bhs")}
@@ -357,7 +388,7 @@ def _common(q, k, v, grid, block, heads, scale, causal, position, group, padding
         "q": q, "k": k, "v": v, "scale": scale, "H": H, "Hk": Hk, "S": S, "Sk": Sk, "D": D, "Dv": Dv, "R": grid[0], "C": grid[1], "heads": heads,
         **{name: none if t is None else t for name, t in restrictions.items()}, **strides, "BR": block[0], "BC": block[1], **sizes,
         "drop": min(0xFFFFFFFF, round(dropout * 2**32)), "factor": 1 / (1 - dropout), "CAUSAL": causal, **flags, "DROPOUT": seed is not None,
-        "ACC": tl.float64 if wide else tl.float32, "PRECISION": _precision(q.dtype),
+        "ACC": _accumulator(q.dtype), "PRECISION": _precision(q.dtype),
         "num_warps": _warps(sizes["TM"] * max(sizes["TN"], TD, TV)), "num_stages": 2,
     }  # fmt: skip
 
@@ -368,7 +399,7 @@ def attention(q, k, v, index, grid, block, heads, scale, causal, position, group
     out, lse = q.new_empty(B, H, S, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if lse.numel():
         common = _common(q, k, v, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
-        _attention_kernel[(B * H * R,)](out=out, lse=lse, offsets=index, columns=index[heads * R + 1 :], **common)
+        _attention_kernel[(B * H * R * -(-block[0] // common["TM"]),)](out=out, lse=lse, offsets=index, columns=index[heads * R + 1 :], **common)
     return out, lse
 
 
@@ -385,7 +416,7 @@ def attention_backward(
     row_offsets, columns, column_offsets, rows, order, _ = index.split([heads * R + 1, kept, heads * C + 1, kept, kept, kept])
     common = _common(q, k, v, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed) | {"grad": grad, "lse": lse, "delta": delta}
     if dq.numel():
-        _attention_dq_kernel[(B * H * R,)](dq=dq, offsets=row_offsets, columns=columns, **common)
+        _attention_dq_kernel[(B * H * R * -(-block[0] // common["TM"]),)](dq=dq, offsets=row_offsets, columns=columns, **common)
     if dk.numel() or dv.numel():
-        _attention_dkv_kernel[(B * Hk * C,)](dk=dk, dv=dv, offsets=column_offsets, rows=rows, order=order, **common)
+        _attention_dkv_kernel[(B * Hk * C * -(-block[1] // common["TN"]),)](dk=dk, dv=dv, offsets=column_offsets, rows=rows, order=order, **common)
     return dq, dk, dv

@@ -44,7 +44,7 @@ def _kernels(x: Tensor) -> ModuleType | None:
     """The kernels for tensors like this one; None: the PyTorch path."""
     if x.device.type == "cpu":
         return cpu if cpu.library() is not None else None
-    return _triton() if x.device.type == "cuda" else None
+    return _triton() if x.device.type == "cuda" and x.dtype != torch.float64 else None  # float64 is for checks, and Triton cannot compile all of it
 
 
 def _grid(rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
@@ -156,10 +156,10 @@ def _dds_backward(ctx, grad: Tensor):
     x, values, index = ctx.saved_tensors
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _dds(grad, values, index, None, ctx.rows, ctx.columns, not ctx.transpose)
+        dx = _call(_dds, grad, values, index, None, ctx.rows, ctx.columns, not ctx.transpose)
     if ctx.needs_input_grad[1]:
         a, b = (grad.mT, x) if ctx.transpose else (x.mT, grad)
-        dvalues = _sdd(a, b, index, *ctx.block, ctx.shared)
+        dvalues = _call(_sdd, a, b, index, *ctx.block, ctx.shared)
     if ctx.needs_input_grad[3]:
         dbias = grad.sum((0, 1, 2))
     return dx, dvalues, None, dbias, None, None, None
@@ -175,9 +175,9 @@ def _sdd_backward(ctx, grad: Tensor):
     a, b, index = ctx.saved_tensors
     da = db = None
     if ctx.needs_input_grad[0]:  # dA = G B^T, so dA^T = B G^T
-        da = _dds(b, grad, index, None, ctx.rows, ctx.columns, True).mT
+        da = _call(_dds, b, grad, index, None, ctx.rows, ctx.columns, True).mT
     if ctx.needs_input_grad[1]:  # dB = A^T G
-        db = _dds(a.mT, grad, index, None, ctx.rows, ctx.columns, False)
+        db = _call(_dds, a.mT, grad, index, None, ctx.rows, ctx.columns, False)
     return da, db, None, None, None, None
 
 
@@ -194,8 +194,7 @@ def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
 
 
-@_dds.register_vmap
-def _(info, dims, x, values, index, bias, rows, columns, transpose):
+def _dds_vmap(info, dims, x, values, index, bias, rows, columns, transpose):
     size = info.batch_size
     if dims[2] is not None:
         raise ValueError("layout: expected the same layout for every element of vmap")
@@ -210,13 +209,33 @@ def _(info, dims, x, values, index, bias, rows, columns, transpose):
     return y, 0
 
 
-@_sdd.register_vmap
-def _(info, dims, a, b, index, block_rows, block_columns, reduce):
+def _sdd_vmap(info, dims, a, b, index, block_rows, block_columns, reduce):
     if dims[2] is not None:
         raise ValueError("layout: expected the same layout for every element of vmap")
     a, b = _front(a, dims[0], info.batch_size), _front(b, dims[1], info.batch_size)
     values = _sdd(a.flatten(0, 1), b.flatten(0, 1), index, block_rows, block_columns, False).unflatten(0, a.shape[:2])
     return values.sum(1, keepdim=True) if reduce else values, 0
+
+
+_dds.register_vmap(_dds_vmap)
+_sdd.register_vmap(_sdd_vmap)
+
+
+# torch.func's derivatives do not see an operator's registered one, only that of an autograd.Function: inside them the operators are called as such.
+
+
+def _as_function(operator, setup, backward, vmap) -> type[torch.autograd.Function]:
+    members = {"forward": operator, "setup_context": setup, "backward": backward, "vmap": vmap}
+    return type(operator._name, (torch.autograd.Function,), {name: staticmethod(function) for name, function in members.items()})
+
+
+_FUNCTIONS = {_dds: _as_function(_dds, _dds_setup, _dds_backward, _dds_vmap), _sdd: _as_function(_sdd, _sdd_setup, _sdd_backward, _sdd_vmap)}
+
+
+def _call(operator, *arguments):
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[operator].apply(*arguments)
+    return operator(*arguments)
 
 
 # The public functions: what may come in, and its canonical shape. -----------------------------------------------------------------------------------
@@ -304,7 +323,7 @@ def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool 
         if values.shape[:-3] != lead:
             raise ValueError(f"values: expected no leading dimensions or {tuple(lead)} as dense has, got {tuple(values.shape)}")
         blocks, canonical = values.reshape(prod(lead), *layout.values_shape), _canonical(x, layout)
-    y = _dds(canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
+    y = _call(_dds, canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
     return y.reshape(*x.shape[:-1], outer)
 
 
@@ -335,5 +354,5 @@ def sdd(a: Tensor, b: Tensor, layout: Layout, *, transpose_a: bool = False, tran
     a, b = _cast(a, b)
     _check_same("b", b, "a", a)
     lead = a.shape[: a.ndim - (2 if layout.heads is None else 3)]
-    values = _sdd(_canonical(a.mT if transpose_a else a, layout), _canonical(b.mT if transpose_b else b, layout), layout.index, *layout.block, False)
+    values = _call(_sdd, _canonical(a.mT if transpose_a else a, layout), _canonical(b.mT if transpose_b else b, layout), layout.index, *layout.block, False)
     return values.reshape(*lead, *layout.values_shape)
