@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -80,7 +81,7 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: s
     x = torch.linspace(-1, 1, tokens * SIZE).view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
     R, C = SIZE // block[0], SIZE // block[1]
     checker = (torch.arange(R)[:, None] + torch.arange(C)) % 2 == 0
-    candidates = {}
+    candidates: dict[tuple[str, float], Callable[[], object]] = {}
     for density, mask in ((1.0, torch.ones(R, C, dtype=torch.bool)), (0.5, checker)):
         layout = Layout.from_mask(mask, block)
         if product == "sdd":

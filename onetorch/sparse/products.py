@@ -15,6 +15,7 @@ import functools
 import warnings
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,10 @@ def _as_function(operator, setup, backward, vmap) -> type[torch.autograd.Functio
     return type(operator._name, (torch.autograd.Function,), {name: staticmethod(function) for name, function in members.items()})
 
 
-_FUNCTIONS = {_dds: _as_function(_dds, _dds_setup, _dds_backward, _dds_vmap), _sdd: _as_function(_sdd, _sdd_setup, _sdd_backward, _sdd_vmap)}
+_FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {
+    _dds: _as_function(_dds, _dds_setup, _dds_backward, _dds_vmap),
+    _sdd: _as_function(_sdd, _sdd_setup, _sdd_backward, _sdd_vmap),
+}
 
 
 def _call(operator, *arguments):
