@@ -30,6 +30,7 @@ TIMEOUT = 0.5  # seconds that a step may take, for the hangs
 PATIENCE = 10.0  # seconds after the fault that a peer has to say something and to end
 NUMBER, COUNT = 1, 3  # which environment fails, of how many
 KINDS = ("raise", "sys.exit", "os._exit", "kill", "segfault", "sleep", "spin", "nan", "inf", "shape", "dtype", "none")
+WHO = ("onetorch processes", "onetorch sync", "gymnasium", "stable-baselines3")
 HANGS = ("sleep", "spin")
 NOT_IN_PROCESS = ("os._exit", "kill", "segfault", "spin")  # take or block the very process that would have to say so
 TRACED = ("raise", "sys.exit", "segfault", "sleep", "spin", "shape", "dtype", "none")
@@ -67,14 +68,20 @@ for kind_ in KINDS:
         gymnasium.register(f"Faulty-{kind_}-v0", entry_point="env_faults:Faulty", kwargs={"kind": kind_})
 
 
-def children() -> set[int]:
-    """Processes below this one, of any depth, that still run."""
-    parents = {}
+def running() -> dict[int, tuple[int, int]]:
+    """Parent and session of all processes but those that are dead and wait to be reaped."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if fields[0] != "Z":
-                parents[int(stat.parent.name)] = int(fields[1])
+            state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                found[int(stat.parent.name)] = (int(parent), int(session))
+    return found
+
+
+def children() -> set[int]:
+    """Processes below this one, of any depth, that still run."""
+    parents = {pid: parent for pid, (parent, _) in running().items()}
     found, new = set(), {os.getpid()}
     while new:
         new = {pid for pid, parent in parents.items() if parent in new}
@@ -149,7 +156,7 @@ def ask(name: str, python: str, kind: str, where: str) -> dict[str, Any]:
         err_file.seek(0)
         out, err = out_file.read(), err_file.read()
     time.sleep(1)  # for helpers of multiprocessing, which end after it
-    left = ended and subprocess.run(["pgrep", "-s", str(process.pid)], stdout=subprocess.DEVNULL).returncode == 0
+    left = ended and any(session == process.pid for _, session in running().values())
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if "ready" not in err:
@@ -166,13 +173,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="faults of each kind, half at a step and half at a reset")
     parser.add_argument("--peers", type=int, default=4, help="… of each peer")
     parser.add_argument("--sb3", default=sys.executable, help="a Python that has stable-baselines3")
+    parser.add_argument("--who", nargs="*", default=WHO, choices=WHO, help="measure these; rows of the others stay as the last result has them")
     parser.add_argument("--ask", nargs=3)
     options = parser.parse_args()
     if options.ask:
         peer(*options.ask)
         return 0
-    rows, good = [], True
+    path, rows, good = ROOT / "benchmarks" / "results" / "env_faults.json", [], True
+    if set(options.who) != set(WHO):
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["who"] not in options.who]
     for backend in ("processes", "sync"):
+        if f"onetorch {backend}" not in options.who:
+            continue
         for kind in KINDS:
             if backend == "sync" and kind in NOT_IN_PROCESS:
                 continue
@@ -190,6 +202,8 @@ def main() -> int:
                   f"left {row['left']}  {'met' if met else 'MISSED'}", flush=True)  # fmt: skip
     pythons = {"gymnasium": sys.executable, "stable-baselines3": options.sb3}
     for name, python in pythons.items():
+        if name not in options.who:
+            continue
         if name == "stable-baselines3" and subprocess.run([python, "-c", "import stable_baselines3"], capture_output=True).returncode:
             print(f"{name}: not installed for {python}; give --sb3 PYTHON")
             continue
@@ -203,7 +217,7 @@ def main() -> int:
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     versions = {"gymnasium": gymnasium.__version__, "numpy": np.__version__}
     result = {"command": "python benchmarks/env_faults.py", "timeout": TIMEOUT, "patience": PATIENCE, "machine": machine, "versions": versions, "rows": rows}
-    (ROOT / "benchmarks" / "results" / "env_faults.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if good else 1
 
 

@@ -41,30 +41,64 @@ onetorch: create, run and share optimized PyTorch models
   onetorch verify DIR [--results]            the same in place; --results evaluates again and compares with the card
   onetorch port FILE.pt OUT.safetensors      tensors out of a pickle, without running it
   onetorch new NAME --from RECIPE            a recipe as a file of yours, to change at will
+  onetorch data [PATH]                       what a text, a folder or an array is as training data
   onetorch doctor                            what this machine has, and what is missing
 
 RECIPE is a name from the list or the path of a file of yours (my_idea.py). `onetorch COMMAND --help` tells more.
 Exit codes: 0 done, 2 wrong usage, 3 a run failed, 130/138/143 stopped by SIGINT/SIGUSR1/SIGTERM after saving."""
 
+# What Spinning Up's users type, and what it is called here; docs/spinningup.md tells the rest. A field's own name goes first.
+ALIASES = {
+    "env_name": "env",
+    "hid": "hidden",
+    "ac_kwargs:hidden_sizes": "hidden",
+    "act": "activation",
+    "ac_kwargs:activation": "activation",
+    "clip_ratio": "clip",
+    "pi_lr": "lr",
+    "vf_lr": "value_lr",
+    "replay_size": "replay",
+    "start_steps": "random_steps",
+    "damping_coeff": "damping",
+    "cg_iters": "cg_steps",
+    "backtrack_iters": "backtracks",
+    "backtrack_coeff": "backtrack",
+}
+# … and what has no field of its own.
+ELSEWHERE = {
+    "steps_per_epoch": "--batch_size is an iteration's environment steps, --total_steps is all of them",
+    "polyak": "--tau is 1 - polyak",
+    "max_ep_len": "a time limit is the environment's: register one with max_episode_steps",
+    "num_test_episodes": "onetorch eval RUN --episodes 100 comes after the training",
+    "cpu": "the speed plan shares out the cores; --plan threads=4 fixes them",
+    "num_cpu": "the speed plan shares out the cores; --plan threads=4 fixes them",
+    "data_dir": "--dir takes the path of the folder",
+    "save_freq": "--checkpoint_seconds says how often a run is saved",
+    "train_pi_iters": "--epochs and --minibatches of each batch",
+    "train_v_iters": "--value_epochs and --value_minibatches of each batch",
+}
 TRUST_HELP = "run code of the folder that is not onetorch's nor yours; shows it first"
 RUN_FLAGS = {
     "dir": "the run's folder (else runs/RECIPE-xxxxxx)",
+    "exp_name": "the run's folder is runs/EXP_NAME",
     "plan": "fix the speed plan or a part of it: name=value,name=value",
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
+    "nproc": "train in so many processes on this machine, each with a part of every batch (algorithms that can: gpt)",
     "explain": "at the end, where the time went, phase by phase, beside what this machine does at most",
     "from": "begin with the weights of a run, a model folder (path or URL), a .safetensors or a .pt file",
     "trust_code": TRUST_HELP,
 }
 SWEEP_FLAGS = {
     "dir": "the sweep's folder (else runs/sweep-RECIPE-xxxxxxxx, the same for the same trials)",
+    "exp_name": "the sweep's folder is runs/EXP_NAME",
     "plan": RUN_FLAGS["plan"],
     "slots": "trials at a time (else one per GPU, without GPUs one per core); the cores are divided among them",
     "on": "ray or ray:ADDRESS: run the trials on a Ray cluster that sees the same folder",
     "time_limit": RUN_FLAGS["time_limit"],
     "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
 }
-RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "explain", "trust_code")}
+RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "nproc", "explain", "trust_code")}
 SHARE_FLAGS = {
     "license": "the licence others get, as an SPDX identifier: MIT, Apache-2.0, CC-BY-4.0; without one nobody may use it unasked",
     "allow": "share these findings all the same: FILE or FILE:LINE, several",
@@ -109,6 +143,7 @@ Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Ex
     "verify": "onetorch verify DIR|URL [options]: check sizes, hashes, weights and golden outputs in place.",
     "port": "onetorch port FILE.pt OUT.safetensors [--key NAME]: the tensors of a state dict (--key: a part of the file), read in a process with limits.",
     "new": "onetorch new NAME --from RECIPE: write NAME.py, the recipe's algorithm with its values as defaults. It runs at once: onetorch train NAME.py",
+    "data": "onetorch data [PATH]: what generative models see in a text, a folder of texts, an array or a folder of images; without PATH the built-in text.",
     "doctor": "onetorch doctor: versions, processor, GPUs, compiler, optional packages and how to get them.",
 }
 
@@ -153,7 +188,7 @@ def _print(text: str = "") -> None:
 
 def _dispatch(words: list[str]) -> int:
     commands = {"list": _list, "show": _show, "train": _train, "sweep": _sweep, "resume": _resume, "runs": _runs, "eval": _eval, "new": _new, "doctor": _doctor}
-    commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port}
+    commands |= {"share": _share, "get": _get, "verify": _verify, "port": _port, "data": _data}
     commands |= {"plot": _plot, "report": _report, "diff": _diff, "board": _board}
     if not words or words[0] in ("--help", "-h", "help"):
         _print(HELP)
@@ -178,7 +213,7 @@ def _split(words: list[str]) -> tuple[list[str], Flags]:
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
+            name = re.sub(r"\[\w*\]$", "", name.replace("-", "_"))  # Spinning Up's --hid[h] gives the field a short name, which nothing here needs
             if name in flags:
                 raise UsageError(f"--{name} is given twice")
             current = flags[name] = [value] if equals else []
@@ -279,7 +314,7 @@ def _resolve(target: str, flags: Flags, gate: trust.Gate = trust.own_only) -> Re
     origin = {n: "default" if configs.get(base, n) == configs.get(plain, n) else f"recipe {name}" for n in kinds}
     values: dict[str, Any] = {}
     given: list[str] = []
-    for flag, texts in flags.items():
+    for flag, texts in _aliased(flags, kinds).items():
         field, text = _field(flag, texts, kinds, name)
         try:
             values[field] = configs.parse(text, kinds[field])
@@ -299,6 +334,19 @@ def _checked(Config: type, source: algorithm.Algorithm) -> Any:
         raise UsageError(f"{source.path}: Config() cannot be made from its defaults: {error}") from error
 
 
+def _aliased(flags: Flags, kinds: dict[str, Any]) -> Flags:
+    """The flags under the names of the fields they mean; torch.nn.Tanh is tanh."""
+    named: Flags = {}
+    written: dict[str, str] = {}
+    for flag, texts in flags.items():
+        field = ALIASES[flag] if flag not in kinds and ALIASES.get(flag) in kinds else flag
+        if field in named:
+            raise UsageError(f"--{written[field]} and --{flag} are two names of one field; give one of them")
+        written[field] = flag
+        named[field] = [t.removeprefix("torch.").removeprefix("nn.").lower() if t.startswith(("torch.nn.", "nn.")) else t for t in texts]
+    return named
+
+
 def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tuple[str, str]:
     """The field and the text of its value that a flag means; `--no-x` and a bare `--x` are for bools."""
     if flag in kinds:
@@ -311,6 +359,8 @@ def _field(flag: str, texts: list[str], kinds: dict[str, Any], name: str) -> tup
         raise UsageError(f"--{flag} takes one value, got {len(texts)}: {' '.join(texts)} (a list is written [a,b]; `onetorch sweep` takes several)")
     if flag.startswith("no_") and kinds.get(flag[3:]) is bool and not texts:
         return flag[3:], "false"
+    if flag in ELSEWHERE:
+        raise UsageError(f"{name} has no field {flag!r}: {ELSEWHERE[flag]}")
     raise UsageError(f"{name} has no field {flag!r}{nearest(flag, [*kinds, *RUN_FLAGS])}; `onetorch show {name}` lists them")
 
 
@@ -535,15 +585,40 @@ def _pace(flags: Flags) -> dict[str, Any]:
     return {name: value for name, value in times.items() if value is not None}
 
 
+def _several_processes(flags: Flags) -> tuple[int, str | None, list[str]]:
+    """--nproc; what a process that we started was told (`launch`); and the flags for such a process, but for --dir, as words."""
+    words = [word for name, texts in flags.items() if name not in ("nproc", "dir") for word in (f"--{name}", *texts)]
+    count, worker = _one(flags, "nproc"), _one(flags, "worker")
+    if count is not None and not (count.isdigit() and int(count) > 0):
+        raise UsageError(f"--nproc: expected a number of processes, got {count!r}")
+    return int(count or 1), worker, words
+
+
+def _run_class(worker: str | None, where: str | None) -> tuple[type, int]:
+    """The class of this process's run, and how many processes work on it: as one of them it joins the others first."""
+    from onetorch.runs import distributed
+    from onetorch.runs.follower import Follower
+    from onetorch.runs.run import Run
+
+    if worker is None and distributed.dist.is_available() and distributed.dist.is_torchelastic_launched():
+        if not where:
+            raise UsageError("under torchrun every process must be told the same folder: give --dir")
+        worker = "torchrun"
+    if worker is not None:
+        distributed.join(worker)
+    return Follower if distributed.rank() else Run, distributed.world()
+
+
 def _train(positional: list[str], flags: Flags) -> int:
+    count, worker, again = _several_processes(flags)
     trusted, explain = _switches(positional, flags, "trust_code", "explain")
     target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
-    where, fixed, pace = _one(flags, "dir"), _one(flags, "plan"), _pace(flags)
-    if where == "":
-        raise UsageError("--dir: expected a folder, got an empty name")
+    where, fixed, pace = _where(flags), _one(flags, "plan"), _pace(flags)
     if _several(flags):
         made = _design(target, flags, fixed, where)
         if len(made.trials) > 1:
+            if count > 1:
+                raise UsageError("--nproc is for one run; the trials of a sweep have a process each (--slots says how many at a time)")
             if begin is not None:
                 raise UsageError("--from begins one run; a sweep's trials begin with the algorithm's own weights")
             if explain:
@@ -551,12 +626,17 @@ def _train(positional: list[str], flags: Flags) -> int:
             return _run_sweep(made, **pace)
     resolved = _resolve(target, flags, _gate(trusted, False, trust.own_only))
     path = Path(where) if where else _free_folder(resolved.name)
-    if folder.holds_run(path):
+    if folder.holds_run(path) and worker is None:
         raise folder.refuse(path)
+    if count > 1:
+        from onetorch.runs import launch
+
+        return launch.launch(["train", target, *again, "--dir", str(path)], count)
 
     module = resolved.source.load()
-    from onetorch.runs import plan
-    from onetorch.runs.run import Run
+    from onetorch.runs import plan, provenance
+
+    Run, processes = _run_class(worker, where)
 
     weights, origin = None, None
     if begin is not None:
@@ -564,6 +644,7 @@ def _train(positional: list[str], flags: Flags) -> int:
 
         weights, origin = weights_of(begin)
     words = ["onetorch", "train", target, *resolved.given, *(["--from", begin] if begin is not None else [])]
+    words += ["--nproc", str(processes)] if processes > 1 else []
     run = Run(
         path,
         configs.from_json(configs.to_json(resolved.config), module.Config),
@@ -574,10 +655,25 @@ def _train(positional: list[str], flags: Flags) -> int:
         weights=weights,
         origin=origin,
         fixed=plan.parse(fixed or ""),
+        threads=max(provenance.cores() // processes, 1) if processes > 1 else None,
         explain=explain,
         **pace,
     )
     return _work(module, run, explain)
+
+
+def _where(flags: Flags) -> str | None:
+    """The folder that --dir or --exp_name asks for."""
+    where, name = _one(flags, "dir"), _one(flags, "exp_name")
+    if where == "":
+        raise UsageError("--dir: expected a folder, got an empty name")
+    if name is None:
+        return where
+    if where is not None:
+        raise UsageError("--exp_name and --dir both name the folder; give one of them")
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UsageError(f"--exp_name: expected a name of letters, digits, _, - and ., got {name!r}; --dir takes a path")
+    return str(Path("runs") / name)
 
 
 def _several(flags: Flags) -> Flags:
@@ -594,7 +690,9 @@ def _design(target: str, flags: Flags, fixed: str | None, where: str | None) -> 
     for taken in SWEEP_FLAGS.keys() & kinds.keys():
         raise UsageError(f"{resolved.source.path}: the field {taken} has the name of a sweep option; call it otherwise")
     grid: dict[str, list[Any]] = {}
-    for flag, texts in several.items():
+    for flag, texts in _aliased(several, kinds).items():
+        if resolved.origin.get(flag) == "command line":
+            raise UsageError(f"--{flag} is given twice")
         field, _ = _field(flag, texts[:1], kinds, resolved.name)
         try:
             grid[field] = sweep.values(texts, kinds[field])
@@ -614,9 +712,7 @@ def _fixed(text: str | None) -> dict[str, str]:
 
 def _sweep(positional: list[str], flags: Flags) -> int:
     target = _only(positional, "recipe", "sweep")
-    where, fixed, how = _one(flags, "dir"), _one(flags, "plan"), {**_place(flags), **_pace(flags)}
-    if where == "":
-        raise UsageError("--dir: expected a folder, got an empty name")
+    where, fixed, how = _where(flags), _one(flags, "plan"), {**_place(flags), **_pace(flags)}
     return _run_sweep(_design(target, flags, fixed, where), **how)
 
 
@@ -656,6 +752,7 @@ def _free_folder(name: str) -> Path:
 def _resume(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import sweep
 
+    count, worker, again = _several_processes(flags)
     trusted, explain = _switches(positional, flags, "trust_code", "explain")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
@@ -672,15 +769,21 @@ def _resume(positional: list[str], flags: Flags) -> int:
     if folder.status(path, record) == "done":
         _print(f"{path} is done: {_progress(record)}, {_result(record)}")
         return 0
-    module = source.load()
-    from onetorch.runs.run import Run
+    if count > 1:
+        from onetorch.runs import launch
 
-    return _work(module, Run(path, folder.config(path, module.Config), resume=True, explain=explain, **pace), explain)
+        return launch.launch(["resume", str(path), *again], count)
+    module = source.load()
+    from onetorch.runs import provenance
+
+    Run, processes = _run_class(worker, str(path))
+    threads = max(provenance.cores() // processes, 1) if processes > 1 else None
+    return _work(module, Run(path, folder.config(path, module.Config), resume=True, threads=threads, explain=explain, **pace), explain)
 
 
 def _work(module: Any, run: Any, explain: bool = False) -> int:
     """Train, evaluate, draw; whatever happens, the run's record says so."""
-    from onetorch.runs import plan, report
+    from onetorch.runs import distributed, plan, report
 
     run.say(f"run: {run.folder}  ({run.record['command']})")
     again = ""
@@ -688,6 +791,10 @@ def _work(module: Any, run: Any, explain: bool = False) -> int:
         with run:
             model = module.train(run.config, run)
             run.finish()
+            first = distributed.rank() == 0
+            distributed.leave()
+            if not first:
+                return 0
             again = f"{run.record['command']} --plan {plan.show(run.record['plan'])}" if run.record["plan"] else run.record["command"]
             results = module.evaluate(model, run.config, media=run.media)
             run.result(**results)
@@ -885,6 +992,16 @@ def _port(positional: list[str], flags: Flags) -> int:
         raise UsageError(folder.explain(error, target)) from error
     _table([(trust.printable(name), str(tuple(t.shape)), str(t.dtype).removeprefix("torch.")) for name, t in sorted(tensors.items())])
     _print(f"{target}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
+    return 0
+
+
+def _data(positional: list[str], flags: Flags) -> int:
+    _nothing_left(flags, (), "data")
+    if len(positional) > 1:
+        raise UsageError(f"data takes one path at most, got {' '.join(positional)}; `onetorch data --help`")
+    from onetorch.generative.describe import describe
+
+    _table(describe(Path(positional[0]) if positional else None))
     return 0
 
 

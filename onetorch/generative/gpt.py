@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.generative import attention, data, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
-from onetorch.runs import provenance
+from onetorch.runs import distributed, provenance
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
@@ -57,10 +57,11 @@ class Config:
     attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a byte sees: all before it, or a pattern of the Sparse Transformer
     stride: int = 128  # of the sparse patterns, in bytes
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
-    lr_matrix: float = 0.04  # Muon's step size: matrices of the blocks
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else is trained by Adam
+    lr_matrix: float = 0.04  # its step size
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
-    momentum: float = 0.9  # Muon's
+    momentum: float = 0.9  # Muon's, or the first beta of Adam for the matrices
     base_width: int | None = None  # the rates were chosen at this width and are carried over to `width` (mu-P); none: they are this width's
     base_batch: int | None = None  # the rates were chosen with this batch: they grow with the root of the batch; none: they are this batch's
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
@@ -166,6 +167,8 @@ class GPT(nn.Module):
         self.ngrams = nn.Embedding(config.ngram_rows, config.ngram_width)
         nn.init.normal_(self.ngrams.weight, std=0.02)
         self.mix = Linear(config.ngram_width, config.width)
+        for p in (self.ngrams.weight, self.mix.weight):
+            p.requires_grad_(bool(config.ngram_orders))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Linear(config.width, BYTES, scale=0.0)
         D = config.width // config.heads
@@ -224,7 +227,7 @@ def paths(config: Config) -> tuple[str, ...]:
     """The ways to compute this attention that are worth a measurement."""
     if config.attention != "dense":
         return ("blocks",)
-    return ("explicit", "sdpa") if config.context <= attention.LONG else ("sdpa", "blocks")
+    return ("explicit", "sdpa") if config.context <= attention.LONG else ("blocks", "sdpa")
 
 
 def nll(model: nn.Module, window: Tensor) -> Tensor:
@@ -243,20 +246,23 @@ def example(config: Config) -> Tensor:
 
 
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for the rest; `rate` is what the schedule's factor is applied to.
+    """One for the blocks' matrices (Muon or Adam), and Adam for the rest; `rate` is what the schedule's factor is applied to.
 
     Of all rates the head's alone depends on the width (mu-P, Yang et al. 2022): an Adam step changes a logit by the sum of C entries of one sign. Muon's steps
-    have the same spectral norm at every width, and those of the embeddings the same size in every entry. With the batch the rates grow as its root (Malladi
-    et al. 2022).
+    have the same spectral norm at every width, and those of the embeddings the same size in every entry (Adam's for the matrices are as the head's). With the
+    batch the rates grow as its root (Malladi et al. 2022).
     """
     grown = math.sqrt(config.batch / (config.base_batch or config.batch))
     narrowed = (config.base_width or config.width) / config.width
-    matrices = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
+    matrices: dict[str, Any] = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
     tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
     head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
     mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
-    muon = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
-    return muon, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
+    if config.optimizer == "muon":
+        first: torch.optim.Optimizer = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+    else:
+        first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
+    return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
 
 
 def flops(config: Config, T: int) -> float:
@@ -270,8 +276,8 @@ def flops(config: Config, T: int) -> float:
 @dataclass
 class State:
     model: GPT
-    muon: torch.optim.Optimizer
-    adam: torch.optim.Optimizer
+    muon: torch.optim.Optimizer  # of the matrices
+    adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
     generator: torch.Generator  # draws the batches: the position in the data
@@ -287,9 +293,9 @@ def train(config: Config, run: Run) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride}",
+        attention=paths(config),
         dtype=("float32", "bfloat16"),
         threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
-        attention=paths(config),
     )
     model = prepare(build(config), plan)
     run.initialize(model)
@@ -299,6 +305,7 @@ def train(config: Config, run: Run) -> GPT:
     state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, digest))
     if state.text != digest:
         raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+    network = distributed.wrap(model)
     cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
     for state.iteration in run.steps(state.iteration, config.steps):
@@ -307,9 +314,11 @@ def train(config: Config, run: Run) -> GPT:
             group["lr"] = group["rate"] * factor
         rows = max(round(config.batch * schedules.staged(state.iteration, config.steps, config.batch_stages)), 1)
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
-        window = data.batch(train_text, rows, T, state.generator).to(plan["device"])
-        loss = gradient(model, window, config.accumulate)
+        window = data.batch(train_text, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
+        run.phase("batch")
+        loss = distributed.mean(gradient(network, window, config.accumulate))
         grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        run.phase("gradient")
         run.finite(loss=loss, grad_norm=grad_norm)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
@@ -321,21 +330,26 @@ def train(config: Config, run: Run) -> GPT:
         if state.iteration == config.steps and config.final == "ema":
             state.ema.keep(config.ema[0])
         state.tokens += rows * T
+        run.phase("update")
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, config)
-            (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+            if distributed.rank() == 0:
+                (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+        run.phase("evaluation")
         run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
+        run.phase("logging")
     return model
 
 
 def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
     """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
-    total = torch.zeros((), device=window.device)
-    for part in window.chunk(accumulate):
-        loss = nll(model, part).mean() * (len(part) / len(window))
-        loss.backward()
+    total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
+    for i, part in enumerate(parts, 1):
+        with distributed.local(model, i < len(parts)):
+            loss = nll(model, part).mean() * (len(part) / len(window))
+            loss.backward()
         total += loss.detach()
     return total
 

@@ -15,3 +15,12 @@ def gpt(Config: Any) -> Any:
 def gpt_shakespeare(Config: Any) -> Any:
     """A small GPT for a short text such as tinyshakespeare, given by --data: windows of 64 bytes, 0.8 million parameters."""
     return Config(steps=80, batch=24, context=64, heads=4, width=128, ngram_rows=10_000, ngram_orders=(2, 3, 4), rotary_base=100.0)
+
+
+@recipe("gpt", reaches="")
+def gpt_nanogpt_char(Config: Any) -> Any:
+    """The set-up of nanoGPT's CPU recipe under our code: its sizes, batches, Adam with a cosine; the first rung of benchmarks/ladder.py."""
+    return Config(
+        steps=2000, batch=12, context=64, layers=4, heads=4, width=128, ngram_orders=(), ngram_rows=1, rotary_base=100.0, optimizer="adamw", lr_matrix=1e-3,
+        lr_embedding=1e-3, lr_head=1e-3, schedule="cosine", warmup=100, lr_floor=0.1, clip=1.0,
+    )  # fmt: skip

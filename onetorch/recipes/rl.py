@@ -11,13 +11,70 @@ def ppo(Config: Any) -> Any:
     return Config()
 
 
-@recipe("ppo", reaches="mean return 3,000 after 300,000 steps, 100 CPU-s on one core")
-def ppo_halfcheetah(Config: Any) -> Any:
-    """PPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`): observations and rewards normalised, a first policy of standard deviation one half.
+# For MuJoCo, of ppo, trpo and vpg alike: observations and rewards normalised, and a first policy of standard deviation one half. That smaller spread
+# (Andrychowicz et al. 2020, arXiv:2006.05990) matters most: PPO on HalfCheetah ends a run of 300,000 steps near 1,200 with the usual 1, near 3,000 with this.
+MUJOCO: dict[str, Any] = {
+    "total_steps": 1_000_000, "num_envs": 16, "batch_size": 4096, "gamma": 0.99, "lam": 0.95, "normalize_obs": True, "normalize_reward": True,
+    "activation": "tanh", "log_std": -0.7,
+}  # fmt: skip
+PPO_MUJOCO: dict[str, Any] = MUJOCO | {"epochs": 10, "minibatches": 8, "lr": 1e-3, "clip": 0.2, "max_grad_norm": 0.5}
+TRPO_MUJOCO: dict[str, Any] = MUJOCO | {"num_envs": 8, "batch_size": 2048, "delta": 0.02}
+# Spinning Up's defaults: batches of 4,000 steps of one environment, 80 passes of the critic over the whole batch, nothing normalised but the advantages.
+SPINNINGUP: dict[str, Any] = {
+    "env": "HalfCheetah-v5", "total_steps": 200_000, "num_envs": 1, "batch_size": 4000, "gamma": 0.99, "lam": 0.97, "value_lr": 1e-3, "normalize_obs": False,
+    "normalize_reward": False, "hidden": (64, 64), "activation": "tanh", "log_std": -0.5,
+}  # fmt: skip
 
-    That smaller spread (Andrychowicz et al. 2020, arXiv:2006.05990) is what matters most here: with the usual 1 a run of 300,000 steps ends near 1,200.
-    """
-    return Config(
-        env="HalfCheetah-v5", total_steps=1_000_000, num_envs=8, batch_size=2048, epochs=10, minibatches=16, lr=1e-3, gamma=0.99, lam=0.95, clip=0.2,
-        max_grad_norm=0.5, normalize_obs=True, normalize_reward=True, activation="tanh", log_std=-0.7,
-    )  # fmt: skip
+
+@recipe("ppo", reaches="")
+def ppo_halfcheetah(Config: Any) -> Any:
+    """PPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", **PPO_MUJOCO)
+
+
+@recipe("ppo", reaches="")
+def ppo_hopper(Config: Any) -> Any:
+    """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Hopper-v5", **PPO_MUJOCO)
+
+
+@recipe("ppo", reaches="")
+def ppo_walker2d(Config: Any) -> Any:
+    """PPO on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Walker2d-v5", **PPO_MUJOCO)
+
+
+@recipe("ppo", reaches="")
+def ppo_acrobot(Config: Any) -> Any:
+    """PPO on Acrobot-v1."""
+    return Config(env="Acrobot-v1", total_steps=1_000_000, lr=1e-3, lam=0.95, normalize_obs=True)
+
+
+@recipe("ppo", reaches="")
+def ppo_spinningup(Config: Any) -> Any:
+    """PPO with Spinning Up's own hyper-parameters; the critic too stops where the divergence from the old policy ends the epochs."""
+    return Config(**SPINNINGUP, lr=3e-4, epochs=80, minibatches=1, clip=0.2, target_kl=0.015, anneal=False, max_grad_norm=None)
+
+
+@recipe("trpo", reaches="")
+def trpo_halfcheetah(Config: Any) -> Any:
+    """TRPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", **TRPO_MUJOCO)
+
+
+@recipe("trpo", reaches="")
+def trpo_spinningup(Config: Any) -> Any:
+    """TRPO with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP, delta=0.01, damping=0.1, cg_steps=10, backtracks=10, backtrack=0.8, value_epochs=80, value_minibatches=1)
+
+
+@recipe("vpg", reaches="")
+def vpg_halfcheetah(Config: Any) -> Any:
+    """Vanilla policy gradient on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", **MUJOCO | {"num_envs": 8, "batch_size": 2048}, lr=3e-3)
+
+
+@recipe("vpg", reaches="")
+def vpg_spinningup(Config: Any) -> Any:
+    """Vanilla policy gradient with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)

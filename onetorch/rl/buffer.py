@@ -151,14 +151,14 @@ class Replay:
                     next_obs[i] = self.final[place]
         return self.image.index_select(0, here), next_obs
 
-    def gather_n(self, rows: Tensor, n: int, gamma: float) -> tuple[Batch, Tensor]:
-        """The transitions in `rows` (B,), each over its next n steps (Sutton 1988; Watkins 1989), and the discount (B,) of the value that follows.
+    def gather_n(self, rows: Tensor, n: int, gamma: float) -> tuple[Batch, Tensor | float]:
+        """The transitions in `rows` (B,), each over its next n steps (Sutton 1988), and the discount of the value that follows, (B,) or one for all.
 
         The reward is R = r_t + gamma r_{t+1} + … + gamma^(k-1) r_{t+k-1}; next_obs, terminated and truncated are those of step t+k-1; the discount is gamma^k.
         k is n, or less where the episode ended or was cut off before, or where the next step has not been taken yet: what is added up is always true.
         """
         if n == 1:
-            return self.gather(rows), torch.full((len(rows),), gamma, device=rows.device)
+            return self.gather(rows), gamma
         ahead = self.num_envs * torch.arange(n, device=rows.device).unsqueeze(1)
         window = (rows + ahead) % self.capacity  # (n, B)
         reward, *_, terminated, truncated = self.rows.index_select(0, window.flatten()).split(self.widths, dim=1)[1 if self.image is not None else 2 :]

@@ -7,7 +7,7 @@ Q-learning with a net: act greedily but for a share epsilon of random actions, k
 with no value after a terminal state; Q_target is an older copy of Q. Four improvements are options (Hessel et al. 2018, arXiv:1710.02298, weighs them):
 
 - double (van Hasselt et al. 2016, arXiv:1509.06461): the argmax is Q's own, which takes off the bias of the greatest of noisy values;
-- dueling (Wang et al. 2016, arXiv:1511.06581): Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a');
+- dueling (Wang et al. 2016, arXiv:1511.06581): Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'), here with all hidden layers in common;
 - n_step (Sutton 1988): r becomes r_t + … + gamma^(n-1) r_{t+n-1}, the value that follows gamma^n Q_target(s_{t+n}, …);
 - priority (Schaul et al. 2016, arXiv:1511.05952): transitions are drawn by their last error to the power alpha, w = (N P(i))^-beta undoes the bias.
 
@@ -24,7 +24,8 @@ with no value after a terminal state; Q_target is an older copy of Q. Four impro
 What is known to matter: Huber's loss, whose gradient Mnih et al. call clipping the error; a target that stands still long enough; a time limit that is not
 taken for an end (Pardo et al. 2018, arXiv:1712.00378); n-step returns, and on many tasks priorities, more than double and dueling (Hessel et al. 2018).
 
-Speed: nets this small are bound by the number of calls, so N environments are stepped at once, a sample is one gather and Adam is fused.
+Speed: nets this small are bound by the number of calls, so N environments are stepped at once, a sample is one gather, the net's passes are single calls
+(`stacks`) and its weights one tensor.
 """
 
 import copy
@@ -32,7 +33,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.buffer import Batch, PrioritizedReplay, Replay
-from onetorch.rl.nets import ACTIVATIONS, mlp
+from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.run import Run
 
@@ -50,12 +51,12 @@ LOG_STEPS = 1000  # environment steps between two rows of metrics
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "CartPole-v1"  # Gymnasium environment with Box observations and Discrete actions
+    env: str = "CartPole-v1"  # Gymnasium environment with Discrete actions; observations may be vectors or pictures
     seed: int = 0  # of weights, exploration, samples and environments
     total_steps: int = 50_000  # environment steps, all environments together
     num_envs: int = 8  # N, environments stepped together
-    buffer_size: int = 100_000  # transitions kept
-    learning_starts: int = 1000  # environment steps before the first update
+    replay: int = 100_000  # transitions remembered
+    update_after: int = 1000  # environment steps before the first update
     update_every: int = 256  # environment steps between two rounds of updates
     updates: int = 128  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
@@ -71,11 +72,10 @@ class Config:
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    activation: Literal["tanh", "relu", "silu"] = "relu"  # between the layers
+    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "buffer_size", "update_every", "updates", "batch_size", "target_every", "n_step"):
+        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "max_grad_norm"):
@@ -86,32 +86,47 @@ class Config:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be above 0 and at most 1, got {self.tau}")
-        if self.learning_starts < 0:
-            raise ValueError(f"learning_starts must be at least 0, got {self.learning_starts}")
+        if self.update_after < 0:
+            raise ValueError(f"update_after must be at least 0, got {self.update_after}")
         if self.update_every % self.num_envs:
             raise ValueError(f"num_envs must divide update_every = {self.update_every}, got {self.num_envs}")
-        if self.buffer_size < self.num_envs * self.n_step:
-            raise ValueError(f"buffer_size must be at least num_envs * n_step = {self.num_envs * self.n_step}, got {self.buffer_size}")
+        if self.replay < self.num_envs * self.n_step:
+            raise ValueError(f"replay must be at least num_envs * n_step = {self.num_envs * self.n_step}, got {self.replay}")
         if not all(width > 0 for width in self.hidden):
             raise ValueError(f"hidden must be widths above 0, got {self.hidden}")
 
 
 class QNet(nn.Module):
-    """Q(s, .): observations (…, D) to values (…, A); with `dueling` V and A have the last hidden layer each for itself."""
+    """Q(s, .): observations (B, D), or pictures (B, C, H, W) uint8, to values (B, A); with `dueling` the last layer gives V and A.
 
-    def __init__(self, spaces: environments.Spaces, hidden: Sequence[int], activation: str, dueling: bool) -> None:
+    Pictures go through the convolutions of Mnih et al. 2015 first, those with a side below 36 through two smaller ones.
+    """
+
+    def __init__(self, spaces: environments.Spaces, hidden: Sequence[int], dueling: bool) -> None:
         super().__init__()
-        between, self.act_dim = ACTIVATIONS[activation], spaces.act_dim
-        split = max(len(hidden) - 1, 0) if dueling else len(hidden)
-        widths = (spaces.obs_dim, *hidden[:split])
-        self.body = mlp(widths, between, out_gain=math.sqrt(2)).append(between()) if split else nn.Identity()
-        self.advantage = mlp((widths[-1], *hidden[split:], spaces.act_dim), between)
-        self.value = mlp((widths[-1], *hidden[split:], 1), between) if dueling else None
+        self.act_dim, self.image, self.dueling, inputs = spaces.act_dim, spaces.image, dueling, spaces.obs_dim
+        if spaces.image:
+            C, H, W = spaces.image
+            kernels = ((C, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)) if min(H, W) >= 36 else ((C, 16, 3, 1), (16, 32, 3, 2))
+            self.body = nn.Sequential(*(layer for k in kernels for layer in (nn.Conv2d(*k), nn.ReLU())), nn.Flatten())
+            self.pixels = C * H * W
+            inputs = max(inputs - self.pixels, 0) + self.body(torch.zeros(1, C, H, W)).shape[1]
+        self.head = Stack(None, (inputs, *hidden, spaces.act_dim + dueling))
+
+    def act(self, obs: Tensor, noise: None = None) -> Tensor:
+        """The best actions (B,) at obs; there is nothing to draw."""
+        return self(obs).argmax(1)
 
     def forward(self, obs: Tensor) -> Tensor:
-        features = self.body(obs)
-        advantage = self.advantage(features)
-        return advantage if self.value is None else self.value(features) + advantage - advantage.mean(-1, keepdim=True)
+        if self.image:
+            pixels = obs if obs.dim() == 4 else obs[:, -self.pixels :].unflatten(1, self.image)
+            seen = self.body(pixels.float() / 255)
+            obs = seen if obs.dim() == 4 else torch.cat((obs[:, : -self.pixels], seen), 1)
+        out = self.head(obs)
+        if not self.dueling:
+            return out
+        value, advantage = out[:, :1], out[:, 1:]
+        return value + advantage - advantage.mean(1, keepdim=True)
 
 
 @dataclass
@@ -129,15 +144,16 @@ class State:
 
 
 def build(config: Config) -> QNet:
-    spaces = environments.spaces(config.env)
+    spaces = environments.spaces(config.env, images=True)
     if not spaces.discrete:
         raise UsageError(f"dqn needs an environment with Discrete actions, {config.env} has Box ones")
-    return QNet(spaces, config.hidden, config.activation, config.dueling)
+    return QNet(spaces, config.hidden, config.dueling)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations (8, …) for the module to answer, when it is shared."""
+    spaces = environments.spaces(config.env, images=True)
+    return torch.randint(256, (8, *spaces.obs_shape)).to(spaces.obs_dtype) if spaces.image else torch.randn(8, spaces.obs_dim)
 
 
 def begin(config: Config, backend: str, device: str = "cpu") -> State:
@@ -145,15 +161,15 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
     model = build(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     envs = environments.make(config.env, config.num_envs, config.seed, backend)
-    options: dict[str, Any] = {"num_envs": config.num_envs, "act_dtype": torch.int64, "device": device}
-    shape = tuple(envs.obs.shape[1:])
-    replay = PrioritizedReplay(config.buffer_size, shape, alpha=config.priority, **options) if config.priority else Replay(config.buffer_size, shape, **options)
+    shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
+    kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
+    replay = PrioritizedReplay(*shape, alpha=config.priority, **kinds) if config.priority else Replay(*shape, **kinds)
     target = copy.deepcopy(model).requires_grad_(False)
     return State(model, target, optimizer, envs, replay, torch.Generator(device).manual_seed(config.seed))
 
 
 @torch.no_grad()
-def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor, double: bool) -> Tensor:
+def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor | float, double: bool) -> Tensor:
     """y = r + discount (1 - terminated) Q_target(s', a*) (B,), a* = argmax_a Q_target(s', a), or with `double` argmax_a Q(s', a); `discount` is gamma^k."""
     q = target(batch.next_obs)
     value = q.gather(1, model(batch.next_obs).argmax(1, keepdim=True)).squeeze(1) if double else q.amax(1)
@@ -176,38 +192,43 @@ def explore(config: Config, state: State, epsilon: float, run: Run) -> None:
         run.phase("replay")
 
 
-def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, float]:
-    """A round of gradient steps. Returns what was seen in the last of them, before its step."""
-    model, replay = state.model, state.replay
-    params: list[Tensor] = list(model.parameters())
-    target_params: list[Tensor] = list(state.target.parameters())
+def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]:
+    """A round of gradient steps. Returns what was seen in the last of them, before its step: loss and grad_norm (), q and y (B,)."""
+    model, replay, optimizer = state.model, state.replay, state.optimizer
+    params = optimizer.param_groups[0]["params"]
     for _ in range(config.updates):
         rows = replay.draw(config.batch_size, state.generator)
         batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
         y = td_target(model, state.target, batch, discount, config.double)
-        q = model(batch.obs).gather(1, batch.act.unsqueeze(1)).squeeze(1)
+        act, values = batch.act.unsqueeze(1), model(batch.obs)
+        q = values.detach().gather(1, act).squeeze(1)
+        error = q - y
+        weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
+        loss = F.huber_loss(q, y, weight=weight)
+        # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
+        slope = error.clamp(-1, 1) / config.batch_size
+        optimizer.zero_grad()
+        values.backward(torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1)))
         if isinstance(replay, PrioritizedReplay):
-            loss = (replay.weights(rows, beta) * F.smooth_l1_loss(q, y, reduction="none")).mean()
-            replay.prioritize(rows, q.detach() - y)
-        else:
-            loss = F.smooth_l1_loss(q, y)
-        state.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            replay.prioritize(rows, error)
+        grads = [p.grad for p in params]
+        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         run.finite(loss=loss, grad_norm=grad_norm)
-        state.optimizer.step()
+        if grad_norm > config.max_grad_norm:
+            torch._foreach_mul_(grads, config.max_grad_norm / grad_norm)
+        optimizer.step()
         state.updates += 1
         if state.updates % config.target_every == 0:
             with torch.no_grad():
-                torch._foreach_lerp_(target_params, params, config.tau)
+                torch._foreach_lerp_(list(state.target.parameters()), params, config.tau)
     run.phase("update")
-    return {"loss": loss.item(), "q": q.mean().item(), "td_error": (q - y).abs().mean().item(), "grad_norm": grad_norm.item()}
+    return {"loss": loss, "q": q, "y": y, "grad_norm": grad_norm}
 
 
 def train(config: Config, run: Run) -> QNet:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # about an eighth of a round
         steps = max(1, config.update_every // config.num_envs // 8) * config.num_envs
-        part = replace(config, update_every=steps, updates=max(1, config.updates // 8), buffer_size=max(steps, config.num_envs * config.n_step))
+        part = replace(config, update_every=steps, updates=max(1, config.updates // 8), replay=max(steps, config.num_envs * config.n_step))
         trial = begin(part, choice["backend"], choice["device"])
 
         def work() -> None:
@@ -229,12 +250,15 @@ def train(config: Config, run: Run) -> QNet:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=config.update_every):
         step = state.iteration * config.update_every  # after this round
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
-        epsilon = 1 + (config.epsilon - 1) * fallen if step > config.learning_starts else 1.0
+        epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
         explore(config, state, epsilon, run)
-        losses = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.learning_starts else {}
+        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.update_after else {}
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:
             episodes = state.envs.episodes
-            run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, epsilon=epsilon, updates=state.updates, **losses)
+            if seen:
+                q, y = seen.pop("q"), seen.pop("y")
+                seen |= {"q": q.mean(), "td_error": (q - y).abs().mean()}
+            run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, epsilon=epsilon, updates=state.updates, **seen)
         run.checkpoint(state)
         run.phase("logging")
     state.envs.close()

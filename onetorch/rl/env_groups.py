@@ -35,6 +35,23 @@ class Hung(BaseException):
     """Raised where an environment stands still; no Exception, lest it catch it."""
 
 
+_watching: list["Here"] = []  # whose environment is at work now
+
+
+def _take_clock() -> bool:
+    """Whether the alarm clock is ours, or is now because nobody else had it."""
+    handler = signal.getsignal(signal.SIGALRM)
+    if handler is signal.SIG_DFL:
+        signal.signal(signal.SIGALRM, _ring)
+        return True
+    return handler is _ring
+
+
+def _ring(number: int, frame: types.FrameType | None) -> None:
+    for group in _watching:
+        group.ring()
+
+
 class Here:
     """The environments `part` in this process. One that hangs is interrupted by the alarm clock, where this is the main thread and nobody else uses it."""
 
@@ -56,10 +73,9 @@ class Here:
         self.answer = (self._watched(self.group.replay, index, seed, actions),)
 
     def _watched(self, work: Callable[..., Any], *args: Any) -> Any:
-        clock = math.isfinite(self.timeout) and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        clock = math.isfinite(self.timeout) and threading.current_thread() is threading.main_thread() and _take_clock()
         if clock:
-            self.seen, self.quarters = None, 0
-            signal.signal(signal.SIGALRM, self._ring)
+            self.seen, self.quarters, _watching[:] = None, 0, (self,)
             signal.setitimer(signal.ITIMER_REAL, self.timeout / 4, self.timeout / 4)
         try:
             return work(*args)
@@ -72,9 +88,10 @@ class Here:
         finally:
             if clock:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                _watching.clear()
 
-    def _ring(self, number: int, frame: types.FrameType | None) -> None:
+    def ring(self) -> None:
+        """A quarter of the timeout has passed. Raises Hung after four at the same place."""
         self.seen, before = tuple(self.at), self.seen
         self.quarters = self.quarters + 1 if self.seen == before else 1
         if self.quarters >= 4:
@@ -218,6 +235,8 @@ def receive(groups: Sequence[Here | Worker]) -> list[tuple[np.ndarray, ...]]:
     """What each group answers to what it was sent last. Fault as soon as one fails, whichever it is."""
     answers: dict[Here | Worker, tuple[np.ndarray, ...]] = {g: g.answer for g in groups if isinstance(g, Here)}
     waiting = {g.fd: g for g in groups if isinstance(g, Worker)}
+    if not waiting:
+        return list(answers.values())
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)

@@ -175,10 +175,10 @@ class EnvGroup:
             raise Fault(f"gave {what} from step", "expected a tuple (observation, reward, terminated, truncated, info)")
         obs, reward, terminated, truncated, _ = answer
         self.observation.write(obs, row)
-        if type(reward) is not float and (np.ndim(reward) != 0 or not np.can_cast(np.asarray(reward).dtype, np.float64, "same_kind")):
+        if not isinstance(reward, float | int) and (np.ndim(reward) != 0 or not np.can_cast(np.asarray(reward).dtype, np.float64, "same_kind")):
             raise Fault(f"gave the reward {' '.join(repr(reward).split())}", "expected a number")
         for name, end in (("terminated", terminated), ("truncated", truncated)):
-            if type(end) is not bool and (np.ndim(end) != 0 or np.asarray(end).dtype.kind not in "bi"):
+            if not isinstance(end, bool | np.bool_) and (np.ndim(end) != 0 or np.asarray(end).dtype.kind not in "bi"):
                 raise Fault(f"gave the {name} {' '.join(repr(end).split())}", "expected True or False")
         return reward, terminated, truncated
 

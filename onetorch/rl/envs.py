@@ -6,23 +6,25 @@
 `next_obs` is always the observation that the step truly reached. An environment that ended begins anew by itself: `envs.obs`, what to act on next, then
 already holds the first observation of its next episode. A time limit is `truncated`, never `terminated`.
 
-Three backends of one interface, interchangeable and each resumable bit for bit:
+The backends of one interface are interchangeable, and each is resumable bit for bit:
 
-- **native**: CartPole-v1 written for all environments at once, the same numbers as Gymnasium's;
+- **native**: CartPole, Pendulum, Acrobot and MountainCar (`classic`, also on a GPU) and the MuJoCo tasks (`mujoco_tasks`) written for all environments at
+  once, the same numbers as Gymnasium's; **threads**: the same MuJoCo tasks on all cores;
 - **sync**: any Gymnasium environment, one after the other in this process;
 - **processes**: the same, shared out over one worker process per core.
 
-Every episode is reset with an explicit seed that follows from (seed, environment, episode). So the state of a deterministic environment is that seed and
-the actions since: loading resets, replays them, and checks that the observation reached is the saved one bit for bit. No object is ever pickled.
+In the last two every episode is reset with an explicit seed that follows from (seed, environment, episode). So the state of a deterministic environment is
+that seed and the actions since: loading resets, replays them, and checks that the observation reached is the saved one bit for bit. No object is ever pickled.
 """
 
 import contextlib
 import difflib
+import importlib
 import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -110,58 +112,6 @@ class Episodes:
         self.recent, self.finished = list(state["recent"]), int(state["finished"])
 
 
-class CartPole:
-    """CartPole-v1 for N environments at once: Barto, Sutton, Anderson 1983, with the constants and the 500-step limit of Gymnasium.
-
-    The state is float64 and each operation is done in Gymnasium's order, so that every observation has Gymnasium's bits.
-    """
-
-    GRAVITY, TOTAL_MASS, POLE_MASS, LENGTH, FORCE, TAU = 9.8, 1.1, 0.1, 0.5, 10.0, 0.02  # SI units; LENGTH is half the pole's
-    X_LIMIT, THETA_LIMIT, MAX_STEPS = 2.4, 12 * 2 * math.pi / 360, 500
-
-    def __init__(self, num_envs: int, seed: int) -> None:
-        self.spaces, self.num_envs = Spaces(obs_dim=4, act_dim=2, discrete=True), num_envs
-        self.rng = np.random.default_rng(seed)
-        self.state = self.rng.uniform(-0.05, 0.05, (4, num_envs))  # x, x_dot, theta, theta_dot
-        self.obs = self._observe()
-        self.episodes = Episodes(num_envs)
-
-    def _observe(self) -> Tensor:
-        return torch.from_numpy(self.state.T.astype(np.float32, order="C"))
-
-    def step(self, act: Tensor) -> Step:
-        x, x_dot, theta, theta_dot = self.state
-        force = np.where(act.numpy() == 1, self.FORCE, -self.FORCE)
-        cos, sin = np.cos(theta), np.sin(theta)
-        pole = self.POLE_MASS * self.LENGTH
-        temp = (force + pole * np.square(theta_dot) * sin) / self.TOTAL_MASS
-        theta_acc = (self.GRAVITY * sin - cos * temp) / (self.LENGTH * (4.0 / 3.0 - self.POLE_MASS * np.square(cos) / self.TOTAL_MASS))
-        x_acc = temp - pole * theta_acc * cos / self.TOTAL_MASS
-        self.state = np.stack((x + self.TAU * x_dot, x_dot + self.TAU * x_acc, theta + self.TAU * theta_dot, theta_dot + self.TAU * theta_acc))
-        terminated = (np.abs(self.state[0]) > self.X_LIMIT) | (np.abs(self.state[2]) > self.THETA_LIMIT)
-        truncated = self.episodes.length >= self.MAX_STEPS - 1
-        done = terminated | truncated
-        next_obs = self.obs = self._observe()
-        any_done = bool(done.any())
-        self.episodes.add(np.ones(()), done if any_done else None)
-        if any_done:
-            self.state[:, done] = self.rng.uniform(-0.05, 0.05, (4, int(done.sum())))
-            self.obs = self._observe()
-        return next_obs, torch.ones(self.num_envs), torch.from_numpy(terminated), torch.from_numpy(truncated)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"state": self.state.copy(), "rng": self.rng.bit_generator.state, "episodes": self.episodes.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        _same_count(self.num_envs, np.shape(state["state"])[-1])
-        self.state, self.rng.bit_generator.state = np.array(state["state"]), state["rng"]
-        self.episodes.load_state_dict(state["episodes"])
-        self.obs = self._observe()
-
-    def close(self) -> None:
-        pass
-
-
 class ActionMap:
     """From a policy's actions to an environment's own, (N, …) in its dtype: finite Box bounds are mapped from [-1, 1], and nothing lies beyond them."""
 
@@ -171,12 +121,14 @@ class ActionMap:
             bounded = np.isfinite(space.low) & np.isfinite(space.high)
             low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
             self.middle, self.half = (low + high) / 2, (high - low) / 2
+            self.same = bool((self.middle == 0).all() and (self.half == 1).all())
 
     def __call__(self, act: Tensor) -> np.ndarray:
         space: Any = self.space
         if isinstance(space, gymnasium.spaces.Box):
-            scaled = self.middle + act.numpy().reshape(-1, *space.shape) * self.half
-            return np.clip(scaled, space.low, space.high).astype(space.dtype)
+            given = act.detach().numpy().reshape(-1, *space.shape)
+            scaled = given if self.same else self.middle + given * self.half
+            return np.minimum(np.maximum(scaled, space.low), space.high).astype(space.dtype, copy=False)
         start = getattr(space, "start", 0)  # MultiBinary has none
         return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)
 
@@ -204,7 +156,7 @@ class GymEnvs:
         self._check(self.obs.numpy(), RESETTING, stepping=False)
 
     def _seed(self, index: int, episode: int) -> int:
-        return int(np.random.SeedSequence((self.seed, index, episode)).generate_state(1)[0])
+        return episode_seed(self.seed, index, episode)
 
     def _replay(self, index: int, seed: int, actions: np.ndarray) -> np.ndarray:
         part, group = next((p, g) for p, g in zip(self.parts, self.groups, strict=True) if p.start <= index < p.stop)
@@ -217,9 +169,9 @@ class GymEnvs:
     def step(self, act: Tensor) -> Step:
         if self.closed:
             raise RunError(f"these {self.num_envs} {self.env} are closed: make new ones")
-        actions = self.to_env(act)
-        if len(actions) != self.num_envs:
+        if act.numel() != self.num_envs * math.prod(self.action_space.shape):
             raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
+        actions = self.to_env(act)
         try:
             for group, part in zip(self.groups, self.parts, strict=True):
                 group.send_step(actions[part], self.next_seed[part])
@@ -244,13 +196,16 @@ class GymEnvs:
 
     def _check(self, obs: np.ndarray, phase: int, reward: np.ndarray | None = None, actions: np.ndarray | None = None, stepping: bool = True) -> None:
         """RunError where a number is not finite."""
-        if (obs.dtype == np.uint8 or np.isfinite(obs).all()) and (reward is None or np.isfinite(reward).all()):
+        total = 0.0 if obs.dtype == np.uint8 else np.add.reduce(obs, None, np.float64)  # one NaN or infinity makes the sum one
+        if math.isfinite(total) and (reward is None or math.isfinite(np.add.reduce(reward))):
             return
         bad_obs = np.array([not np.isfinite(row).all() for row in obs])
         bad_reward = np.zeros(self.num_envs, bool) if reward is None else ~np.isfinite(reward)
+        if not (bad_obs | bad_reward).any():
+            return  # only the sum was too large
         i = int((bad_obs | bad_reward).nonzero()[0][0])
-        given = "" if actions is None or np.isfinite(actions[i]).all() else f" (it was given the action {actions[i]})"
-        what = f"observation {np.array2string(obs[i], max_line_width=10_000, threshold=20)}" if bad_obs[i] or reward is None else f"reward {reward[i]}"
+        given = "" if actions is None or np.isfinite(actions[i]).all() else f" (it was given the action {shown(actions[i])})"
+        what = f"observation {shown(obs[i])}" if bad_obs[i] or reward is None else f"reward {reward[i]}"
         fault = Fault(f"gave the {what}", f"expected finite numbers{given}")
         fault.at = (i, phase, 0)
         raise self._named(fault, stepping)
@@ -279,7 +234,7 @@ class GymEnvs:
         return state | {"obs": self.obs.numpy().copy(), "episodes": self.episodes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _same_count(self.num_envs, len(state["actions"]))
+        same_count(self.num_envs, len(state["actions"]))
         if state["env"] != self.env:
             raise ValueError(f"the saved environments are {state['env']}, these are {self.env}")
         self.seed, self.episode = int(state["seed"]), np.array(state["episode"])
@@ -304,8 +259,54 @@ class GymEnvs:
             group.close()
 
 
-def make(env: str, num_envs: int, seed: int, backend: str | None = None, timeout: float = TIMEOUT) -> Envs:
-    """`num_envs` copies of the Gymnasium environment `env`, already reset. `backend`: one of `backends(env)`, by default the first.
+def stack_spaces(spaces: Spaces, k: int) -> Spaces:
+    """The spaces of Stacked environments."""
+    if k == 1:
+        return spaces
+    if spaces.image and spaces.obs_dim:
+        raise UsageError("frame_stack is for vectors or pictures, not for both together: wrap the environment with gymnasium.wrappers.FrameStackObservation")
+    image = (k * spaces.image[0], *spaces.image[1:]) if spaces.image else None
+    return replace(spaces, obs_dim=k * spaces.obs_dim, image=image)
+
+
+class Stacked:
+    """`envs` whose observation is the last k of theirs, the newest last: (N, k * D) or (N, k * C, H, W). At a reset the first is repeated."""
+
+    def __init__(self, envs: Envs, k: int) -> None:
+        self.envs, self.k, self.num_envs = envs, k, envs.num_envs
+        self.spaces = stack_spaces(envs.spaces, k)
+        self.obs = self._repeat(envs.obs)
+        self.episodes = envs.episodes
+
+    def _repeat(self, obs: Tensor) -> Tensor:
+        return torch.cat((obs,) * self.k, 1)
+
+    def step(self, act: Tensor) -> Step:
+        newest, reward, terminated, truncated = self.envs.step(act)
+        next_obs = self.obs = torch.cat((self.obs[:, newest.shape[1] :], newest), 1)
+        done = terminated | truncated
+        if done.any():
+            self.obs = next_obs.clone()
+            self.obs[done] = self._repeat(self.envs.obs[done])
+        return next_obs, reward, terminated, truncated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"envs": self.envs.state_dict(), "obs": self.obs.cpu().numpy().copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if tuple(state["obs"].shape) != tuple(self.obs.shape):
+            raise ValueError(f"observations {tuple(state['obs'].shape)} were saved, here they are {tuple(self.obs.shape)}")
+        self.envs.load_state_dict(state["envs"])
+        self.obs = torch.as_tensor(np.asarray(state["obs"])).clone().to(self.obs.device)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
+    """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it), already reset. `backend`: one of
+    `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`: where tensors are and
+    stay; other than "cpu" for the native classic tasks only.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -315,18 +316,38 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, timeout
         raise UsageError(f"num_envs must be at least 1, got {num_envs}")
     if not timeout > 0:
         raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
-    backend = backend or backends(env)[0]
-    if backend == "native" and env == "CartPole-v1":
-        return CartPole(num_envs, seed)
-    if backend not in ("sync", "processes"):
-        raise UsageError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*backends(env), 'sync', 'processes')))}, got {backend!r}")
-    return GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
+    if frame_stack < 1:
+        raise UsageError(f"frame_stack must be at least 1, got {frame_stack}")
+    known = backends(env)
+    backend = backend or known[0]
+    if backend not in (*known, "sync", "processes"):
+        raise UsageError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*known, 'sync', 'processes')))}, got {backend!r}")
+    from onetorch.rl import classic, mujoco_tasks
+
+    on_device = None if device == "cpu" else device
+    if on_device and not (backend == "native" and env in classic.TASKS):
+        raise UsageError(f"{env} cannot run on {device}, only {', '.join(classic.TASKS)} (native) can: leave it on the cpu and move its tensors")
+    made: Envs
+    if backend in ("sync", "processes"):
+        made = GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
+    elif env in classic.TASKS:
+        made = classic.Classic(env, num_envs, seed, on_device)
+    else:
+        try:
+            made = mujoco_tasks.MujocoEnvs(env, num_envs, seed, cores() if backend == "threads" else 1)
+        except ImportError as error:
+            raise UsageError(_missing(env, error)) from None
+    return made if frame_stack == 1 else Stacked(made, frame_stack)
 
 
 def backends(env: str) -> tuple[str, ...]:
     """The backends that can run `env` and are worth measuring, the default first."""
-    if env == "CartPole-v1":
+    from onetorch.rl import classic, mujoco_tasks
+
+    if env in classic.TASKS:
         return ("native", "sync")
+    if env in mujoco_tasks.TASKS:
+        return ("native", "threads") if cores() > 1 else ("native",)
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started
     return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
 
@@ -351,32 +372,53 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spaces(env: str, *, multi: bool = False, images: bool = False) -> Spaces:
+def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool = False) -> Spaces:
     """The spaces of `env`. Same errors as `make`; UsageError too for several choices at once or pictures where the algorithm does not say it takes them."""
-    found = CartPole(1, 0).spaces if env == "CartPole-v1" else _inspect(env)[1]
+    from onetorch.rl import classic
+
+    found = classic.TASKS[env].spaces if env in classic.TASKS else _inspect(env)[1]
     if found.multi and not multi:
-        raise UsageError(f"{env} has the action space {make_one(env).action_space}; this algorithm takes Box and Discrete")
+        raise UsageError(f"{env} has the action space {_inspect(env)[2]}; this algorithm takes Box and Discrete")
     if found.image and not images:
         raise UsageError(f"{env} has pictures (C, H, W) = {found.image} for observations; this algorithm takes vectors")
-    return found
+    return stack_spaces(found, frame_stack)
 
 
 def make_one(env: str, **options: Any) -> gymnasium.Env:
-    """One Gymnasium environment, with errors in one line that say what to do."""
+    """One Gymnasium environment, with errors in one line that say what to do. Atari games as in Mnih et al. 2015: every fourth frame, grey, 84 x 84."""
     spec = _spec(env)
+    atari = str(spec.entry_point).startswith("ale_py.")
     try:
-        return gymnasium.make(spec, disable_env_checker=True, **options)
+        one = gymnasium.make(spec, disable_env_checker=True, **options, **({"frameskip": 1} if atari else {}))
+        return gymnasium.wrappers.AtariPreprocessing(one) if atari else one
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise UsageError(f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[rl]'") from None
+        raise UsageError(_missing(env, error)) from None
     except gymnasium.error.Error as error:
         raise UsageError(f"{env} cannot be made: {str(error).splitlines()[0]}") from None
 
 
+def _missing(env: str, error: Exception) -> str:
+    extra = "atari" if env.startswith("ALE/") else "rl"
+    return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[{extra}]'"
+
+
 def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
+    if env.startswith("ALE/") and env not in gymnasium.registry:
+        try:
+            import ale_py
+        except ImportError as error:
+            raise UsageError(_missing(env, error)) from None
+        gymnasium.register_envs(ale_py)
+    module, colon, name = env.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)  # which registers it
+        except ImportError as error:
+            raise UsageError(f"{env}: the module {module!r} cannot be imported ({str(error).splitlines()[0]})") from None
     try:
-        return gymnasium.spec(env)
+        return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        near = _nearest(env)
+        near = _nearest(name)
         raise UsageError(f"unknown environment {env!r}" + (f"; nearest: {', '.join(near)}" if near else f" ({str(error).splitlines()[0]})")) from None
 
 
@@ -408,6 +450,16 @@ def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any
     return spec, found, act, observation
 
 
-def _same_count(have: int, saved: Sequence[int] | int) -> None:
+def episode_seed(seed: int, index: int, episode: int) -> int:
+    """What the `episode`-th reset of environment number `index` is given."""
+    return int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0])
+
+
+def shown(row: np.ndarray) -> str:
+    """In one line, and not all of a long one."""
+    return " ".join(np.array2string(row, max_line_width=10_000, threshold=400, edgeitems=5).split("\n"))
+
+
+def same_count(have: int, saved: Sequence[int] | int) -> None:
     if have != saved:
         raise ValueError(f"{saved} environments were saved, {have} are here")

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onetorch.rl import env_worker
 from onetorch.rl import envs as environments
 from onetorch.runs.errors import UsageError
 
-Policy = Callable[[Tensor], Tensor]  # observations (N, D) to actions (N, …), as envs.step takes them
+Policy = Callable[[Tensor], Tensor]  # observations (N, …) to actions (N, …), as envs.step takes them
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -36,14 +37,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int = 10_000) -> dict[str, float | int | str]:
+def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int = 10_000, frame_stack: int = 1) -> dict[str, float | int | str]:
     """Undiscounted returns of `episodes` episodes, the first of as many environments (so that short episodes do not count more often).
 
     An episode still running after `max_steps` counts as it stands, and `unfinished` says how many did.
     """
     if episodes < 1:
         raise UsageError(f"episodes must be at least 1, got {episodes}")
-    envs = environments.make(env, episodes, seed)
+    envs = environments.make(env, episodes, seed, frame_stack=frame_stack)
     total, length, running = np.zeros(episodes), np.zeros(episodes, np.int64), np.ones(episodes, bool)
     for _ in range(max_steps):
         _, reward, terminated, truncated = envs.step(policy(envs.obs))
@@ -62,7 +63,7 @@ def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int =
 
 
 @torch.no_grad()
-def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000, max_seconds: float = 10.0) -> str | None:
+def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000, max_seconds: float = 10.0, frame_stack: int = 1) -> str | None:
     """One episode, or as much of it as can be drawn in `max_seconds` (without a GPU a frame of MuJoCo takes a tenth of a second), as an H.264 video at `path`.
 
     Returns None, or in one line why there is no video: a missing extra, or nothing to render with.
@@ -82,9 +83,16 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
         one = environments.make_one(env, render_mode="rgb_array")
     except ValueError as error:
         return f"no video: {error}"
-    mapped = environments.ActionMap(one.action_space)
+    mapped, observation = environments.ActionMap(one.action_space), env_worker.Observation(one.observation_space)
+
+    def row(obs: Any) -> Tensor:
+        out = np.empty((1, *observation.shape), observation.dtype)
+        observation.write(obs, out[0])
+        return torch.from_numpy(out)
+
     try:
         obs, _ = one.reset(seed=seed)
+        stack = [row(obs)] * frame_stack
         frame: Any = one.render()
         height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2  # H.264 wants even sides
         with av.open(str(path), "w") as container:
@@ -93,8 +101,8 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
             deadline = time.monotonic() + max_seconds
             for _ in range(max_frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")))
-                act = policy(torch.from_numpy(np.array(obs, np.float32).reshape(1, -1)))
-                obs, _, terminated, truncated, _ = one.step(mapped(act)[0])
+                obs, _, terminated, truncated, _ = one.step(mapped(policy(torch.cat(stack, 1)))[0])
+                stack = [*stack[1:], row(obs)]
                 if terminated or truncated or time.monotonic() > deadline:
                     break
                 frame = one.render()
@@ -107,12 +115,18 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
     return None
 
 
-def evaluate(policy: Policy, env: str, *, media: Path | None, episodes: int, seed: int) -> dict[str, float | int | str]:
-    """`returns`, and `agent.mp4` under `media` where that is given; where no video could be made, `video` says why."""
-    result = returns(policy, env, episodes, seed)
+def evaluate(
+    policy: Policy, env: str, *, media: Path | None, episodes: int, seed: int, stochastic: Policy | None = None, frame_stack: int = 1
+) -> dict[str, float | int | str]:
+    """`returns` of `policy`, which takes its likeliest actions, and where it is given of `stochastic`, which draws them as in training, as `stochastic_return`
+    and so on, in environments of the same seeds. `agent.mp4` of `policy` under `media` where that is given; where no video could be made, `video` says why."""
+    result = returns(policy, env, episodes, seed, frame_stack=frame_stack)
+    if stochastic is not None:
+        drawn = returns(stochastic, env, episodes, seed, frame_stack=frame_stack)
+        result |= {f"stochastic_{name}": value for name, value in drawn.items() if name != "episodes"}
     if media is not None:
         media.mkdir(parents=True, exist_ok=True)
-        problem = film(policy, env, media / "agent.mp4", seed)
+        problem = film(policy, env, media / "agent.mp4", seed, frame_stack=frame_stack)
         if problem:
             sys.stderr.write(problem + "\n")
         result["video"] = problem or "agent.mp4"

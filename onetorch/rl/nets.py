@@ -63,6 +63,25 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std
     return (0.5 * (ratio.square() + shift.square() - 1) + other_log_std - log_std).sum(-1)
 
 
+def flat_parameters(params: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One vector (P,) of which `params` become views, and their gradients views of its gradient, which is zeros.
+
+    For an optimizer: its step and the norm of the gradient are then one call each, and not one for each weight. The gradient is to be set to zero in place,
+    with `zero_grad(set_to_none=False)`: what sets it to None parts it from the weights'.
+
+    >>> net = nn.Linear(2, 1)
+    >>> flat = flat_parameters(list(net.parameters()))
+    >>> net(torch.tensor([3.0, 4.0])).backward()
+    >>> flat.grad
+    tensor([3., 4., 1.])
+    """
+    flat, sizes = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params])), [p.numel() for p in params]
+    flat.grad = torch.zeros_like(flat)
+    for p, value, grad in zip(params, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        p.data, p.grad = value.view_as(p), grad.view_as(p)
+    return flat
+
+
 class RunningNorm(nn.Module):
     """(x - mean) / std by the mean and variance of all rows seen by `update`, clipped to [-clip, clip]; its buffers are saved with the model.
 

@@ -20,7 +20,7 @@ details of proximal policy optimization"): observation normalisation for continu
 near 0.95, a step size that falls, advantages of unit variance, and values beyond a time limit. A clipped value loss has not been found to help.
 
 Speed: with nets this small the number of calls is the cost, and tanh. So the noise of a batch is drawn at once, log-probabilities and values are computed
-for the whole batch after it is collected, minibatches are large, Adam is fused, and the default's layers are ReLU.
+for the whole batch after it is collected, minibatches are large, Adam sees one vector of weights, and the default's layers are ReLU.
 """
 
 import math
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, flat_parameters
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
@@ -111,7 +111,7 @@ def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
     groups = [model.parameters()] if config.value_lr is None else [model.policy_parameters(), model.v.parameters()]
-    optimizer = torch.optim.Adam([{"params": list(params)} for params in groups], lr=config.lr, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([{"params": [flat_parameters(list(params))]} for params in groups], lr=config.lr, eps=1e-5, fused=True)
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
     return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), reward_norm)
 
@@ -135,8 +135,9 @@ def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dic
 
 
 def update(config: Config, state: State, batch: dict[str, Tensor], left: float = 1.0, run: Run | None = None) -> dict[str, float | None]:
-    """Epochs of minibatch gradient steps on one batch, with `left` of the step size. Returns what was seen in the last epoch, each minibatch before its step."""
-    model, optimizer, params = state.model, state.optimizer, list(state.model.parameters())
+    """Epochs of minibatch gradient steps on one batch, with `left` of the step size. Returns what the last epoch saw, each minibatch before its step."""
+    model, optimizer = state.model, state.optimizer
+    flat = [group["params"][0] for group in optimizer.param_groups]
     for group, lr in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=False):
         group["lr"] = (lr or config.lr) * left
     data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
@@ -150,9 +151,9 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
             loss = pi_loss + config.value_coef * v_loss
             if config.entropy_coef:
                 loss = loss - config.entropy_coef * entropy
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(flat, config.max_grad_norm or math.inf)
             if run:
                 run.finite(loss=loss, grad_norm=grad_norm)
             optimizer.step()

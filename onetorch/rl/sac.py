@@ -1,4 +1,4 @@
-"""Soft Actor-Critic, Haarnoja et al. 2018, arXiv:1801.01290, with the learned temperature of arXiv:1812.05905; for Discrete actions Christodoulou 2019, arXiv:1910.07207.
+"""Soft Actor-Critic, Haarnoja et al. 2018, arXiv:1801.01290; the temperature learned as in arXiv:1812.05905; Discrete actions as in arXiv:1910.07207.
 
 Off-policy: every step goes into a replay memory, and every step a batch from it improves twin critics and the policy. The policy earns its entropy too:
 
@@ -22,7 +22,8 @@ are sums over all of them, and Q(s) is a vector.
 What is known to matter: the smaller of two critics (Fujimoto et al. 2018, arXiv:1802.09477), values beyond time limits, one gradient step for each step of
 the environment, a temperature that is learned (or fits the scale of the rewards), and the step size: 1e-3 learns small tasks twice as fast, 3e-4 is safer.
 
-Speed: the nets' passes are single calls (`stacks`), the critics' weights get no gradients in the policy's step, and all weights lie in one tensor per optimizer.
+Speed: the nets' passes are single calls (`stacks`), the critics' weights get no gradients in the policy's step, all weights of a stack lie in one tensor, and
+where the speed plan finds that it pays, the products between hidden layers are bfloat16 ones, with all else in float32.
 """
 
 import math
@@ -34,9 +35,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from onetorch.rl import envs as environments
-from onetorch.rl import evaluation
+from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
 from onetorch.rl.stacks import Stack
 from onetorch.runs.run import Run
@@ -104,7 +106,7 @@ class Agent(nn.Module):
         out = self.pi(obs)
         if self.discrete:
             return (out if rng is None else out - torch.empty_like(out).exponential_(generator=rng).log()).argmax(-1)
-        return out.chunk(2, -1)[0].tanh() if rng is None else squashed(out, torch.randn(len(obs), self.act_dim, generator=rng))[0]
+        return out.chunk(2, -1)[0].tanh() if rng is None else Squashed.apply(out, torch.randn(len(obs), self.act_dim, generator=rng))[0]
 
 
 @dataclass
@@ -131,7 +133,7 @@ def example(config: Config) -> Tensor:
     return torch.randn(8, environments.spaces(config.env).obs_dim)
 
 
-def begin(config: Config, backend: str | None = None, run: Run | None = None) -> State:
+def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
     if run:
@@ -140,6 +142,7 @@ def begin(config: Config, backend: str | None = None, run: Run | None = None) ->
     target = Stack(2, model.q.sizes)
     target.load_state_dict(model.q.state_dict())
     target.requires_grad_(False)
+    model.pi.dtype = model.q.dtype = target.dtype = dtype
     log_alpha = torch.tensor(math.log(config.alpha or 1.0), requires_grad=config.alpha is None)
     return State(
         model, target,
@@ -152,19 +155,35 @@ def begin(config: Config, backend: str | None = None, run: Run | None = None) ->
     )  # fmt: skip
 
 
-def squashed(out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+class Squashed(torch.autograd.Function):
     """a = tanh(u), u = mean + std * noise, and log pi(a|s), for out (B, 2 A) = (mean, log_std) and noise (B, A) ~ N(0, 1): tensors (B, A) and (B,).
 
         log pi = sum_i [ -noise_i^2 / 2 - log_std_i - log(2 pi) / 2 - log(1 - tanh(u_i)^2) ]
         log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
 
     The second line (Spinning Up, 2018) is exact where the first has lost all its digits: at u = 10 already tanh(u) rounds to 1. log_std is kept in [-20, 2].
+    The gradient is written out, because autograd's thirty small operations would take as long as a net's pass: da/du = 1 - a^2, d log pi / du = 2 a.
     """
-    mean, log_std = out.chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)
-    u = mean + log_std.exp() * noise
-    each = 0.5 * noise.square() + log_std + 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return u.tanh(), -each.sum(-1) - 0.5 * math.log(2 * math.pi) * noise.shape[-1]
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = out.chunk(2, -1)
+        log_std = raw.clamp(-20, 2)
+        spread = log_std.exp().mul_(noise)  # du / d log_std
+        u = mean + spread
+        act = u.tanh()
+        each = F.softplus(-2 * u).add_(u).mul_(2).sub_(log_std).sub_(noise.square(), alpha=0.5)
+        ctx.save_for_backward(act, spread, raw)
+        return act, each.sum(-1).sub_((2 * math.log(2) + 0.5 * math.log(2 * math.pi)) * noise.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_act: Tensor, grad_logp: Tensor) -> tuple[Tensor, None]:
+        act, spread, raw = ctx.saved_tensors
+        grad_logp = grad_logp.unsqueeze(-1)
+        grad_u = grad_act.addcmul(grad_act * act, act, value=-1).addcmul_(act, grad_logp, value=2)
+        grad_log_std = (grad_u * spread).sub_(grad_logp).mul_((raw >= -20) & (raw <= 2))
+        return torch.cat((grad_u, grad_log_std), -1), None
 
 
 def soft_value(logits: Tensor, q: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +200,7 @@ def bellman_target(config: Config, state: State, batch: Batch, alpha: Tensor) ->
     if state.model.discrete:
         value, _ = soft_value(out, state.target(batch.next_obs), alpha)
     else:
-        act, logp = squashed(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
+        act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
         value = state.target(torch.cat((batch.next_obs, act), 1)).squeeze(-1).amin(0) - alpha * logp
     return batch.reward + config.gamma * (1 - batch.terminated) * value
 
@@ -192,7 +211,7 @@ def critic_loss(model: Agent, batch: Batch, y: Tensor) -> Tensor:
         q = model.q(batch.obs).gather(-1, batch.act.expand(2, -1).unsqueeze(-1)).squeeze(-1)
     else:
         q = model.q(torch.cat((batch.obs, batch.act), 1)).squeeze(-1)
-    return (q - y).square().sum() / len(y)
+    return len(q) * F.mse_loss(q, y.expand_as(q))
 
 
 def policy_loss(state: State, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,8 +220,9 @@ def policy_loss(state: State, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tens
     if state.model.discrete:
         value, logp = soft_value(out, state.model.q(batch.obs, frozen=True).detach(), alpha)
         return -value.mean(), logp.mean()
-    act, logp = squashed(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
-    q = state.model.q(torch.cat((batch.obs, act), 1), frozen=True).squeeze(-1).amin(0)
+    act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
+    q = state.model.q(torch.cat((batch.obs, act), 1), frozen=True).squeeze(-1)
+    q = torch.minimum(*q.unbind())
     return (alpha * logp - q).mean(), logp.mean()
 
 
@@ -238,34 +258,37 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 def train(config: Config, run: Run) -> Agent:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
-        trial = begin(config, choice["backend"])
+        trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
-            explore(config, trial, warm=True)
+            explore(config, trial, True)
         return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
 
     threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
-    plan = run.plan(measure, key=f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}", backend=environments.backends(config.env)[:1], threads=threads)
+    key = f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
+    plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=threads)
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 
-    state = run.restore(begin(config, plan["backend"], run))
-    seen: dict[str, Tensor] = {}
+    state = run.restore(begin(config, plan["backend"], plan["dtype"], run))
+    seen: dict[str, Any] = {}
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
-        explore(config, state, warm=step <= config.random_steps)
+        explore(config, state, step <= config.random_steps, run)
         if step >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
                 seen = update(config, state, state.replay.sample(config.batch_size, state.rng), run)
+        run.phase("update")
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes
             run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, **seen)
+            run.phase("logging")
         run.checkpoint(state)
     state.envs.close()
     return state.model
 
 
 @torch.no_grad()
-def explore(config: Config, state: State, warm: bool) -> None:
+def explore(config: Config, state: State, warm: bool, run: Run | None = None) -> None:
     """One step of all environments, remembered; `warm`: with actions drawn uniformly."""
     model, envs, obs = state.model, state.envs, state.envs.obs
     if not warm:
@@ -274,8 +297,12 @@ def explore(config: Config, state: State, warm: bool) -> None:
         act = torch.randint(model.act_dim, (len(obs),), generator=state.rng)
     else:
         act = torch.rand(len(obs), model.act_dim, generator=state.rng) * 2 - 1
+    if run:
+        run.phase("action")
     next_obs, reward, terminated, truncated = envs.step(act)
     state.replay.add(obs, act, reward, next_obs, terminated, truncated)
+    if run:
+        run.phase("environment")
 
 
 def evaluate(

@@ -8,26 +8,81 @@ All weights of a stack lie in one flat parameter. So an optimizer's step, a movi
 nevertheless stand under the names and in the shapes that an `nn.ModuleList` of `nn.Sequential` of `nn.Linear` gives them.
 """
 
+import ctypes
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from onetorch.sparse import cpu
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C++ passes, or None where there is no compiler."""
+    lib = cpu.built(Path(__file__).parent / "csrc")
+    if lib is not None:
+        i64, pointer = ctypes.c_int64, ctypes.c_void_p
+        sizes: list[Any] = [ctypes.c_int, i64, i64, i64, ctypes.POINTER(i64)]
+        lib.onetorch_mlp_forward.argtypes = [*sizes, *[pointer] * 4, ctypes.c_int]
+        lib.onetorch_mlp_backward.argtypes = [*sizes, *[pointer] * 7, ctypes.c_int]
+    return lib
+
+
+def dtypes() -> tuple[str, ...]:
+    """What `Stack.dtype` may be here: bfloat16 only where the processor multiplies it."""
+    lib = library()
+    return ("float32", "bfloat16") if lib is not None and lib.onetorch_mlp_bf16() else ("float32",)
+
+
+class _Pass(torch.autograd.Function):
+    """x (B, in), flat -> (count, B, out), in C++, by the first `count` nets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat: Tensor, stack: "Stack", count: int) -> Tensor:
+        lib = library()
+        assert lib is not None
+        x, B = x.contiguous(), len(x)
+        hidden, out = torch.empty(count * B * sum(stack.sizes[1:-1])), torch.empty(count, B, stack.sizes[-1])
+        ctx.shape = (int(stack.dtype == "bfloat16"), count, B, len(stack.sizes) - 1, (ctypes.c_int64 * len(stack.sizes))(*stack.sizes))
+        ctx.save_for_backward(x, flat, hidden)
+        ctx.widest, ctx.whole = max(stack.sizes), count == (stack.count or 1)
+        lib.onetorch_mlp_forward(*ctx.shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        lib = library()
+        assert lib is not None
+        x, flat, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_flat = (torch.empty_like if ctx.whole else torch.zeros_like)(flat) if ctx.needs_input_grad[1] else None
+        work = torch.empty(2, len(x), ctx.widest)
+        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad, grad_flat, grad_x, work)]
+        lib.onetorch_mlp_backward(*ctx.shape, *pointers, torch.get_num_threads())
+        return grad_x, grad_flat, None, None
 
 
 class Stack(nn.Module):
     """`count` MLPs of one shape with ReLU between the layers, each with weights of its own.
 
-    x (B, sizes[0]), the same for all -> (count, B, sizes[-1]); with count = None one MLP, -> (B, sizes[-1]). Weights and biases begin uniform between
-    ±1 / sqrt(fan_in), torch's default, which the published results of SAC and TD3 were reached with.
+    x (B, sizes[0]), the same for all -> (count, B, sizes[-1]); with count = None one MLP, -> (B, sizes[-1]). `dtype` "bfloat16" makes the products between
+    hidden layers of at least 64 units bfloat16 ones, with sums, weights and all else in float32; `dtypes()` says where that is possible. Weights and biases
+    begin uniform between ±1 / sqrt(fan_in), torch's default, with which the published results of SAC and TD3 were reached.
     """
 
     def __init__(self, count: int | None, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.count, self.sizes = count, tuple(sizes)
+        self.count, self.sizes, self.dtype = count, tuple(sizes), "float32"
         shapes = [shape for fan_in, fan_out in pairwise(sizes) for shape in ((fan_out, fan_in), (fan_out,))]
         bounds = [1 / math.sqrt(fan_in) for fan_in in self.sizes[:-1] for _ in range(2)]
         self.shapes = shapes * (count or 1)
@@ -37,11 +92,15 @@ class Stack(nn.Module):
         """Weights (out, in) and biases (out,) in turn, layer by layer and net by net, as views of `flat`."""
         return [part.view(shape) for part, shape in zip(flat.split([math.prod(s) for s in self.shapes]), self.shapes, strict=True)]
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """`frozen`: gradients flow to x alone."""
-        parts = iter(self.split(self.flat.detach() if frozen else self.flat))
-        outs = [self._net(x, parts) for _ in range(self.count or 1)]
-        return outs[0] if self.count is None else torch.stack(outs)
+    def forward(self, x: Tensor, frozen: bool = False, first: int | None = None) -> Tensor:
+        """`frozen`: gradients flow to x alone. `first`: only so many of the nets are asked."""
+        flat, count = self.flat.detach() if frozen else self.flat, first or self.count or 1
+        if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and library() is not None:
+            out = _Pass.apply(x, flat, self, count)
+        else:
+            parts = iter(self.split(flat))
+            out = torch.stack([self._net(x, parts) for _ in range(count)])
+        return out[0] if self.count is None else out
 
     def _net(self, x: Tensor, parts: Iterator[Tensor]) -> Tensor:
         last = len(self.sizes) - 2

@@ -1,4 +1,4 @@
-"""Trust Region Policy Optimization (and the natural policy gradient), Schulman et al. 2015, arXiv:1502.05477; Kakade 2001, "A natural policy gradient".
+"""Trust Region Policy Optimization (TRPO), Schulman et al. 2015, arXiv:1502.05477; with natural policy gradient (NPG), Kakade 2001.
 
 Collect a batch under the current policy; then move the policy as far as its expected gain grows without leaving a ball of KL divergence around the old one:
 
@@ -120,7 +120,9 @@ def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, steps: int, tolerance: float = 1e-10) -> Tensor:
-    """x (P,) with A x ≈ b for a symmetric positive definite A given by `product(v)` = A v: Hestenes and Stiefel 1952. Starts at 0; ends early at |r|^2 < tolerance.
+    """x (P,) with A x ≈ b for a symmetric positive definite A given by `product(v)` = A v, from x = 0 until |b - A x|^2 < tolerance or for `steps`.
+
+    Hestenes and Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
 
     >>> A, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
     >>> conjugate_gradient(lambda v: A @ v, b, steps=2)  # the solution is (1/11, 7/11)
@@ -158,7 +160,7 @@ def flat(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def line_search(evaluate: Callable[[float], tuple[float, float]], delta: float, gain_old: float, backtracks: int, backtrack: float) -> float:
-    """The largest of 1, backtrack, backtrack^2, … (`backtracks` of them) at which `evaluate(fraction)` = (kl, gain) has kl <= delta and gain >= gain_old; else 0."""
+    """The first of 1, backtrack, backtrack^2, … (`backtracks` of them) where `evaluate(fraction)` = (kl, gain) has kl <= delta and gain >= gain_old; else 0."""
     for k in range(backtracks):
         kl, gain = evaluate(backtrack**k)
         if kl <= delta and gain >= gain_old:

@@ -1,4 +1,4 @@
-"""Vanilla Policy Gradient (REINFORCE with a critic and GAE), Sutton et al. 2000, "Policy gradient methods for reinforcement learning with function approximation".
+"""Vanilla Policy Gradient (VPG) with a critic and GAE, Sutton et al. 2000; Schulman et al. 2015, arXiv:1506.02438.
 
 Collect a batch under the current policy, take one step along the gradient of the expected return, then fit the critic to what was seen:
 

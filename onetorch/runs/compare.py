@@ -1,4 +1,7 @@
-"""Several runs side by side: read from their folders, grouped by what differs, brought onto one grid. Imports no torch."""
+"""Several runs side by side: read from their folders, grouped by what differs, brought onto one grid. Imports no torch.
+
+The logs of others (`foreign`) may stand among them.
+"""
 
 import hashlib
 import itertools
@@ -93,27 +96,36 @@ class Comparison:
 
 
 def find(words: Sequence[str]) -> list[Path]:
-    """The runs that paths of runs, and of sweeps (folders with runs in them), mean; each once. UsageError for a path that holds none."""
+    """The runs that paths of runs, and of sweeps (folders with runs in them), mean; each once. UsageError for a path that holds none.
+
+    A folder with a log of others (see `foreign`) counts as a run.
+    """
+    from onetorch.runs import foreign
     if not words:
         raise UsageError("expected one run or more, or a sweep (a folder with runs in it)")
     found: dict[Path, Path] = {}
     for path in map(Path, words):
-        if folder.holds_run(path):
+        if folder.holds_run(path) or foreign.files(path):
             inside = [path]
         elif path.is_dir():
-            inside = sorted({*path.glob("*/config.json"), *path.glob("*/*/config.json")})
-            inside = [p.parent for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            below = sorted({*path.glob("*/"), *path.glob("*/*/")})
+            visible = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in visible if (p / "config.json").exists() or foreign.files(p)]
         else:
             raise UsageError(f"there is no folder {path}")
         if not inside:
-            raise UsageError(f"{path} holds no run (no config.json in it or below)")
+            raise UsageError(f"{path} holds no run (no config.json in it or below, nor a progress.txt, progress.csv, monitor.csv or events.out.tfevents)")
         for run in inside:
             found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
 def read(path: Path) -> Entry:
-    """The run in `path`; RunError for a damaged one."""
+    """The run in `path`, or the log of others there; RunError for a damaged one."""
+    from onetorch.runs import foreign
+
+    if foreign.files(path):
+        return foreign.read(path)
     record, entry = folder.read_json(path / "run.json"), folder.read_json(path / "config.json")
     record = {"result": {}, "cost": {}, "progress": {}, "versions": {}, "hardware": {}, "plan": {}, "git": None} | record
     if any(not isinstance(record[name], dict) for name in ("result", "cost", "progress", "versions", "hardware", "plan")):

@@ -31,7 +31,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from onetorch.runs import checkpoint, folder, peak, plan, provenance, sealed, state, trust
+from onetorch.runs import checkpoint, distributed, folder, peak, plan, provenance, sealed, state, trust
 from onetorch.runs.config import to_json
 from onetorch.runs.errors import CheckpointError, NonFinite, RunError, Stopped, UsageError
 from onetorch.runs.progress import Progress, clock
@@ -157,6 +157,7 @@ class Run:
             else:
                 self._begin(recipe, algorithm, source, command, fixed)
             self._metrics = open(path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+            distributed.agree(self.record)
         except OSError as error:
             self._lock.release()
             raise RunError(folder.explain(error, path)) from error
@@ -277,6 +278,7 @@ class Run:
             problem = plan.keep(key, choice) if seconds else None
             if problem:
                 note += f", not kept for the next run: {problem}"
+        distributed.agree(choice)
         plan.set_threads(choice)
         self.record["plan"] = choice
         folder.write_json(self.folder / "run.json", self.record)
@@ -320,9 +322,14 @@ class Run:
         if not (dataclasses.is_dataclass(live) and not isinstance(live, type)):
             raise TypeError(f"restore: expected an instance of the algorithm's State dataclass, got {type(live).__name__}")
         self._state = live
-        if not self._resume:
+        if self._resume:
+            self._go_on(live)
+        else:
             self._initialize(live)
-            return live
+        distributed.agree(self._saved)
+        return live
+
+    def _go_on(self, live: Any) -> None:
         found, damaged = checkpoint.newest(self.folder / "checkpoints")
         for problem in damaged:
             self.say(f"{problem}; going on from an older checkpoint")
@@ -330,7 +337,7 @@ class Run:
             self.say(f"{self.folder} was stopped before its first checkpoint: it begins again")
             self._cut_metrics(0, self._written.hexdigest())
             self._initialize(live)
-            return live
+            return
         record = found.record
         kinds = {"last_step": int | None, "metrics_bytes": int, "metrics_sha256": str, "seconds": float, "cpu_seconds": float, "state": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name, ...), kind)]
@@ -343,7 +350,6 @@ class Run:
         self._last_step = record["last_step"]
         self._cut_metrics(record["metrics_bytes"], record["metrics_sha256"])
         self.say(f"goes on from {found.folder}")
-        return live
 
     def _check_config(self, saved: Any) -> None:
         now = to_json(self.config)
@@ -375,6 +381,8 @@ class Run:
         """
         if self.record["fixed"] and not self.record["plan"]:
             raise UsageError(f"--plan: {self.record['recipe']} has no speed plan")
+        if distributed.world() > 1 and not distributed.wrapped:
+            raise UsageError(f"--nproc: {self.record['recipe']} trains in one process; it does not share out its batches")
         self.record["progress"] = {"done": done, "total": total, "unit": unit, "scale": scale}
         self._total = total
         self.first = done
@@ -403,7 +411,7 @@ class Run:
             self._progress.close()
             self._progress = None
 
-    def log(self, step: int, *, flops: float | None = None, **values: Any) -> None:
+    def log(self, step: int, *, flops: Any = None, **values: Any) -> None:
         """One row of metrics at `step` (a whole number that never falls). None is left out. ValueError for NaN, infinity or what is no number or text.
 
         With `flops`, the floating point operations that the model's mathematics needed since the last row, the row ends with `mfu`: the model-FLOPs utilisation
@@ -458,7 +466,7 @@ class Run:
     def _peak_flops(self) -> float:
         if self._peak is None:
             chosen, begin = self.record["plan"], time.perf_counter()
-            self._peak = peak.peak(chosen.get("dtype", "float32"), torch.get_num_threads(), chosen.get("device", "cpu"))
+            self._peak = peak.peak(chosen.get("dtype", "float32"), torch.get_num_threads(), chosen.get("device", "cpu")) * distributed.world()
             self.say(f"peak: {self._peak / 1e9:,.0f} GFLOP/s in matrix products, found in {time.perf_counter() - begin:.1f} s")
         return self._peak
 
@@ -582,10 +590,11 @@ class Run:
         os._exit(code)
 
     def _leave_if_told(self) -> None:
-        if self._stop:
+        stop = self._stop
+        if distributed.agree_to_stop(stop is not None) and stop:
             if self._state is not None and self.iteration > 0:
                 self._save(self._state)
-            raise Stopped(*self._stop)
+            raise Stopped(*stop)
 
     def _restore_signals(self) -> None:
         if self._watchdog:

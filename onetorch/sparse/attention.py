@@ -3,7 +3,7 @@
     layout = patterns.local(4096, 64, window=256)
     out = attention(q, k, v, layout, causal=True)              # (B, H, S, D)
 
-On the CPU one fused C++ kernel each way; elsewhere, and without a compiler, the same mathematics on gathered blocks in PyTorch. The backward pass keeps
+One fused kernel each way, C++ on the CPU and Triton on a GPU; elsewhere the same mathematics on gathered blocks in PyTorch. The backward pass keeps
 the output and the log-sum-exp and recomputes the probabilities block by block (Dao et al.: FlashAttention, 2022).
 """
 
@@ -12,9 +12,22 @@ import math
 import torch
 from torch import Tensor
 
-from onetorch.sparse import cpu
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import DTYPES, _accumulator, _cast, _check_layout, _dds, _grid, _inside, _kept_blocks, _native, _sdd
+from onetorch.sparse.products import (
+    _FUNCTIONS,
+    DTYPES,
+    _accumulator,
+    _as_function,
+    _call,
+    _cast,
+    _check_layout,
+    _dds,
+    _grid,
+    _inside,
+    _kept_blocks,
+    _kernels,
+    _sdd,
+)
 
 # The operators. q (B, H, S, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv); `heads` is that of the layout, 1 or H. -----------------------------------------
 
@@ -85,9 +98,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, br: int, bc: int,
                dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, S, _D = q.shape
     block, grid = (br, bc), _grid(S, k.shape[2], (br, bc))
-    if _native(q):
+    if (kernels := _kernels(q)) is not None:
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        return cpu.attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
+        return kernels.attention(q, k, v, index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
     kind = _accumulator(q.dtype)
     values = _by_layout(_repeat(v, H).to(kind), heads)
     scores, rows = _scores(q.to(kind), _repeat(k, H).to(kind), index, block, heads, scale, causal, position, group, padding, mask)
@@ -114,11 +127,11 @@ def _attention_backward(
     B, H, S, _D = q.shape
     Hk, Sk = k.shape[1:3]
     block, grid = (br, bc), _grid(S, Sk, (br, bc))
-    if _native(q):
+    if (kernels := _kernels(q)) is not None:
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        grad, grad_lse = grad.contiguous(), None if grad_lse is None else grad_lse.contiguous()
         arguments = (index, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed)
-        return cpu.attention_backward(q, k, v, out, lse, grad.contiguous(), grad_lse, *arguments)
+        return kernels.attention_backward(q, k, v, out, lse, grad, grad_lse, *arguments)
     kind = _accumulator(q.dtype)
     keys, values = _repeat(k, H).to(kind), _repeat(v, H).to(kind)
     scores, rows = _scores(q.to(kind), keys, index, block, heads, scale, causal, position, group, padding, mask)
@@ -164,7 +177,7 @@ def _backward(ctx, grad: Tensor | None, grad_lse: Tensor | None):
     q, k, v, out, lse, index, *restrictions, seed = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)
-    gradients = _attention_backward(grad, grad_lse, q, k, v, out, lse, index, *ctx.numbers, *restrictions, ctx.dropout, seed)
+    gradients = _call(_attention_backward, grad, grad_lse, q, k, v, out, lse, index, *ctx.numbers, *restrictions, ctx.dropout, seed)
     return *gradients, *[None] * 12
 
 
@@ -186,8 +199,7 @@ def _check_shared(dims, names: dict[int, str]) -> None:
             raise ValueError(f"{name}: expected the same for every element of vmap")
 
 
-@_attention.register_vmap
-def _(info, dims, q, k, v, index, br, bc, heads, scale, causal, position, group, padding, mask, dropout, seed):
+def _attention_vmap(info, dims, q, k, v, index, br, bc, heads, scale, causal, position, group, padding, mask, dropout, seed):
     _check_shared(dims, {3: "layout", 9: "order", 10: "groups", 12: "mask", 14: "seed"})
     size = info.batch_size
     q, k, v, padding = _fold((*dims[:3], dims[11]), (q, k, v, padding), size)
@@ -195,13 +207,24 @@ def _(info, dims, q, k, v, index, br, bc, heads, scale, causal, position, group,
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
-@_attention_backward.register_vmap
-def _(info, dims, grad, grad_lse, q, k, v, out, lse, index, br, bc, heads, scale, causal, position, group, padding, mask, dropout, seed):
+def _attention_backward_vmap(info, dims, grad, grad_lse, q, k, v, out, lse, index, br, bc, heads, scale, causal, position, group, padding, mask, dropout, seed):
     _check_shared(dims, {7: "layout", 13: "order", 14: "groups", 16: "mask", 18: "seed"})
     size = info.batch_size
     folded = _fold((*dims[:7], dims[15]), (grad, grad_lse, q, k, v, out, lse, padding), size)
     gradients = _attention_backward(*folded[:7], index, br, bc, heads, scale, causal, position, group, folded[7], mask, dropout, seed)
     return tuple(t.unflatten(0, (size, -1)) for t in gradients), (0, 0, 0)
+
+
+_attention.register_vmap(_attention_vmap)
+_attention_backward.register_vmap(_attention_backward_vmap)
+
+
+def _no_second_derivative(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError("attention is differentiable once: its derivative has none")
+
+
+_FUNCTIONS[_attention] = _as_function(_attention, _setup, _backward, _attention_vmap)
+_FUNCTIONS[_attention_backward] = _as_function(_attention_backward, lambda ctx, inputs, output: None, _no_second_derivative, _attention_backward_vmap)
 
 
 # The public function. --------------------------------------------------------------------------------------------------------------------------------
@@ -301,7 +324,7 @@ def attention(
     groups = None if groups is None else groups.to(torch.int32)
     restrictions = (position, groups, None if key_padding is None else key_padding.contiguous(), None if mask is None else mask.contiguous())
     scale = 1 / math.sqrt(D) if scale is None else float(scale)
-    out, lse = _attention(q, k, v, layout.index, *layout.block, layout.heads or 1, scale, causal, *restrictions, dropout, seed)
+    out, lse = _call(_attention, q, k, v, layout.index, *layout.block, layout.heads or 1, scale, causal, *restrictions, dropout, seed)
     if order is not None:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(S, device=order.device))
         out, lse = out.index_select(2, back), lse.index_select(2, back)

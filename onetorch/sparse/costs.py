@@ -10,6 +10,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -80,16 +82,16 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: s
     x = torch.linspace(-1, 1, tokens * SIZE).view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
     R, C = SIZE // block[0], SIZE // block[1]
     checker = (torch.arange(R)[:, None] + torch.arange(C)) % 2 == 0
-    candidates = {}
+    candidates: dict[tuple[str, float], Callable[[], Tensor | None]] = {}
     for density, mask in ((1.0, torch.ones(R, C, dtype=torch.bool)), (0.5, checker)):
         layout = Layout.from_mask(mask, block)
         if product == "sdd":
-            candidates["sparse", density] = lambda i=layout.index: cpu.sdd(x.mT, x, i, (R, C), block, True)
-            candidates["dense", density] = lambda i=layout.index: dense_sdd(x.mT, x, i, (R, C), block)
+            candidates["sparse", density] = partial(cpu.sdd, x.mT, x, layout.index, (R, C), block, True)
+            candidates["dense", density] = partial(dense_sdd, x.mT, x, layout.index, (R, C), block)
             continue
         values = torch.linspace(-1, 1, layout.kept * block[0] * block[1]).view(1, *layout.values_shape).to(dtype)
-        candidates["sparse", density] = lambda v=values, i=layout.index: cpu.dds(x, v, i, None, (R, C), SIZE, True)
-        candidates["dense", density] = lambda v=values, i=layout.index: dense_dds(x, v, i, None, (R, C), True)
+        candidates["sparse", density] = partial(cpu.dds, x, values, layout.index, None, (R, C), SIZE, True)
+        candidates["dense", density] = partial(dense_dds, x, values, layout.index, None, (R, C), True)
     times: dict = {name: [] for name in candidates}
     for round_ in range(6):
         for name, run in candidates.items():

@@ -53,7 +53,7 @@ def _say(text: str) -> None:
     sys.stderr.write(f"onetorch.sparse: {text}\n")
 
 
-def _build(compiler: str, target: Path) -> bool:
+def _build(compiler: str, source_folder: Path, target: Path) -> bool:
     """Compile into `target` unless it is there by the time the lock is ours; False where the compiler fails."""
     import fcntl
 
@@ -65,7 +65,7 @@ def _build(compiler: str, target: Path) -> bool:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            sources = sorted(SOURCE.glob("*.cpp"))
+            sources = sorted(source_folder.glob("*.cpp"))
             for openmp in (("-fopenmp",), ()):  # Apple's clang has no OpenMP: one thread is better than none
                 objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
                 steps = [
@@ -85,19 +85,27 @@ def _build(compiler: str, target: Path) -> bool:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, or None where there is no compiler (or no POSIX system)."""
+def built(source_folder: Path) -> ctypes.CDLL | None:
+    """The C++ files of a folder as one library, built where it has not been yet; None where there is no compiler (or no POSIX system)."""
     compiler = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
     if compiler is None or os.name != "posix":
         _say("no C++ compiler found (g++, clang++): the products take their PyTorch path, several times slower")
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    source = b"".join(path.read_bytes() for path in sorted(SOURCE.iterdir()))
+    source = b"".join(path.read_bytes() for path in sorted(source_folder.iterdir()))
     key = hashlib.sha256(b"\0".join([source, version.encode(), " ".join(FLAGS).encode(), _cpu_features().encode()])).hexdigest()[:16]
     target = _cache_folder() / f"kernels-{key}.so"
-    if not target.exists() and not _build(compiler, target):
+    if not target.exists() and not _build(compiler, source_folder, target):
         return None
-    lib = ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The block-sparse kernels, or None where they cannot be built."""
+    lib = built(SOURCE)
+    if lib is None:
+        return None
     i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     sizes = ctypes.POINTER(i64)
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]

@@ -8,6 +8,7 @@ Blocks follow nn.Linear's weight: layout rows are outputs, columns are inputs.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,17 @@ class BlockSparse(nn.Module):
     probe: Tensor | None
 
     def _create(self, layout: Layout, kernel: tuple[int, ...], gate: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.layout = layout if device is None else layout.to(device)
-        kind = {"device": self.layout.device, "dtype": dtype}
+        layout = layout if device is None else layout.to(device)
+        kind = {"device": layout.device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(*layout.values_shape, *kernel, **kind))  # type: ignore[arg-type]
         self.gate = nn.Parameter(torch.ones(layout.kept, **kind)) if gate else None  # type: ignore[arg-type]
         self.probe = None
-        self.register_buffer("layout_mask", self.layout.mask)
+        self.register_buffer("layout_mask", layout.mask)
+        self._take(layout)
+
+    def _take(self, layout: Layout) -> None:
+        """All that changes with the layout but the parameters."""
+        self.layout, self.layout_mask = layout, layout.mask
 
     def gated_weight(self) -> Tensor:
         """The weight times the gates; the weight itself where there are none."""
@@ -107,13 +113,12 @@ class BlockSparse(nn.Module):
                     group["params"] = [fresh if p is parameter else p for p in group["params"]]
                 if parameter in optimizer.state:
                     optimizer.state[fresh] = optimizer.state.pop(parameter)
-        self.layout, self.layout_mask = layout, layout.mask
+        self._take(layout)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.weight.device.type != "meta":
-            self.layout = self.layout.to(self.weight.device)
-            self.layout_mask = self.layout.mask
+            self._take(self.layout.to(self.weight.device))
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -134,7 +139,7 @@ class BlockSparse(nn.Module):
                     if parameter is not None and parameter.shape[0] != layout.kept:
                         parameter.grad = None
                         parameter.data = parameter.data.new_empty(layout.kept, *parameter.shape[1:])
-                self.layout, self.layout_mask = layout, layout.mask
+                self._take(layout)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -272,21 +277,104 @@ class Linear(BlockSparse):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.layout!r}"
 
 
-def to_bsr(values: Tensor, layout: Layout) -> Tensor:
-    """(kept, br, bc) -> torch's sparse BSR tensor of shape (rows, columns). Whole blocks and no heads: ValueError otherwise."""
-    if layout.heads is not None or layout.shape[0] % layout.block[0] or layout.shape[1] % layout.block[1]:
-        raise ValueError(f"layout: BSR needs one matrix of whole blocks, got {layout!r}")
-    R, C = layout.grid
-    return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape, check_invariants=False)
+class MLP(nn.Module):
+    """y = W2 activation(W1 x + b1) + b2 with block-sparse W1 (hidden, features) and W2 (features, hidden).
+
+    up, down    the two layouts
+    activation  any function of a tensor; left out: GELU
+
+    The biases are added inside the products. The activation is torch's own: forward and backward together GELU takes 9 % and ReLU 3 % of the block's time
+    at 1024 by 4096, 25 % density, 512 tokens on one core, most of it arithmetic that a fused kernel would do as well.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        up: Layout,
+        down: Layout,
+        activation: Callable[[Tensor], Tensor] = nn.functional.gelu,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: bool = False,
+    ):
+        super().__init__()
+        self.up = Linear(features, hidden, up, bias, device, dtype, gate=gate)
+        self.down = Linear(hidden, features, down, bias, device, dtype, gate=gate)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
 
 
-def from_bsr(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """A torch sparse BSR matrix -> (values, layout). The blocks must have a size of `layout.BLOCKS`."""
-    if tensor.layout != torch.sparse_bsr or tensor.ndim != 2:
-        raise ValueError(f"tensor: expected a sparse BSR matrix, got {tensor.ndim} dimensions, {tensor.layout}")
-    block = (tensor.values().shape[1], tensor.values().shape[2])
-    grid = (tensor.shape[0] // block[0], tensor.shape[1] // block[1])
-    rows = torch.repeat_interleave(torch.arange(grid[0], device=tensor.device), tensor.crow_indices().diff())
-    columns = tensor.col_indices()
-    layout = Layout.from_indices(rows, columns, grid, block)
-    return tensor.values()[(rows * grid[1] + columns).argsort()], layout
+class Projection(nn.Module):
+    """Between a wide vector of `features` and a narrow one of some of its entries, each taken once: no weights, only an index.
+
+    Give `index` (1-D, int64, no entry twice), or `count` entries drawn at random (and sorted), or every `stride`-th one. After openai/blocksparse's
+    SparseProj: sparse layers of different widths, and layers that work on a part of the features, are joined by it. Dimension -1 is the features'.
+
+    gather(x)          (..., features) -> (..., count)
+    scatter(y)         (..., count) -> (..., features), zeros elsewhere
+    scatter_add(x, y)  x with y added to its entries
+    scatter_mul(x, y)  x with its entries multiplied by y, the others as they are
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        index: Tensor | None = None,
+        count: int | None = None,
+        stride: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if sum(given is not None for given in (index, count, stride)) != 1:
+            raise ValueError("index, count, stride: expected exactly one of them")
+        if index is not None:
+            if index.ndim != 1 or index.dtype != torch.int64 or index.unique().shape != index.shape or not bool(((index >= 0) & (index < features)).all()):
+                raise ValueError(f"index: expected different int64 entries in 0..{features - 1}, got {tuple(index.shape)} {index.dtype}")
+        elif count is not None:
+            if not 0 < count <= features:
+                raise ValueError(f"count: expected 1..{features}, got {count}")
+            index = torch.randperm(features, generator=generator)[:count].sort().values
+        else:
+            assert stride is not None
+            if not 0 < stride <= features:
+                raise ValueError(f"stride: expected 1..{features}, got {stride}")
+            index = torch.arange(0, features, stride)
+        self.features = features
+        self.register_buffer("index", index.to(device))
+
+    def _check(self, name: str, tensor: Tensor, size: int) -> None:
+        if tensor.shape[-1:] != (size,):
+            raise ValueError(f"{name}: expected (..., {size}), got {tuple(tensor.shape)}")
+
+    def gather(self, x: Tensor) -> Tensor:
+        self._check("x", x, self.features)
+        return x.index_select(-1, self.index)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        self._check("y", y, self.index.shape[0])
+        return y.new_zeros(*y.shape[:-1], self.features).index_copy(-1, self.index, y)
+
+    def scatter_add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.index_copy(-1, self.index, self.gather(x) + self._fitting(x, y))
+
+    def scatter_mul(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.index_copy(-1, self.index, self.gather(x) * self._fitting(x, y))
+
+    def _fitting(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check("x", x, self.features)
+        self._check("y", y, self.index.shape[0])
+        if y.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"y: expected leading dimensions {tuple(x.shape[:-1])} as x has, got {tuple(y.shape)}")
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, {self.index.shape[0]} entries"

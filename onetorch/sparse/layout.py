@@ -223,6 +223,15 @@ class Layout:
         self._same(other)
         return Layout.from_mask(self.mask & other.mask, self.block, self.shape)
 
+    def __matmul__(self, other: "Layout") -> "Layout":
+        """Where the product of a matrix of this layout with one of the other can be other than zero."""
+        if not isinstance(other, Layout):
+            raise ValueError(f"other: expected a Layout, got {type(other).__name__}")
+        inner = self.shape[1], self.block[1], self.heads, self.device
+        if inner != (other.shape[0], other.block[0], other.heads, other.device):
+            raise ValueError(f"other: expected {inner[0]} rows in blocks of {inner[1]} and heads {inner[2]} on {inner[3]}, got {other!r}")
+        return Layout.from_mask(self.mask.float() @ other.mask.float() > 0, (self.block[0], other.block[1]), (self.shape[0], other.shape[1]))
+
     def transpose(self) -> "Layout":
         """The layout of the transposed matrix (of each head). The values of a matrix move with `transpose_values`."""
         return Layout.from_mask(self.mask.mT, (self.block[1], self.block[0]), (self.shape[1], self.shape[0]))

@@ -5,12 +5,16 @@
     sdd(a, b, layout)             (..., R, K) @ (..., K, C), only at the kept blocks -> values (..., kept, br, bc)
 
 float64, float32, bfloat16 and float16; sums are carried in float32 at least. What stands in unused blocks of a dense operand is never read, so a NaN
-there has no effect; nor is what stands in a block's values beyond the edge of the matrix. On the CPU results are bit-identical from call to call.
-There the kernels are C++ where a compiler is found (`cpu.py`); elsewhere, and on other devices, they are PyTorch's batched products of gathered blocks.
+there has no effect; nor is what stands in a block's values beyond the edge of the matrix. Results are bit-identical from call to call.
+The kernels are C++ on the CPU where a compiler is found (`cpu.py`) and Triton on a GPU (`gpu.py`); elsewhere they are PyTorch's batched products of gathered
+blocks.
 Each is differentiable any number of times: the derivatives are these same products.
 """
 
+import functools
+import warnings
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,8 +28,23 @@ DTYPES = tuple(cpu.DTYPES)
 # The operators. Canonical shapes: dense (G, H, M, K), values (1 or G, kept, br, bc), where G counts the batch and H the heads of the layout. --------
 
 
-def _native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and cpu.library() is not None
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from onetorch.sparse import gpu
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        warnings.warn("Triton is not installed: block-sparse products on the GPU take their PyTorch path, several times slower", stacklevel=2)
+        return None
+    return gpu
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for tensors like this one; None: the PyTorch path."""
+    if x.device.type == "cpu":
+        return cpu if cpu.library() is not None else None
+    return _triton() if x.device.type == "cuda" and x.dtype != torch.float64 else None  # float64 is for checks, and Triton cannot compile all of it
 
 
 def _grid(rows: int, columns: int, block: tuple[int, int] | torch.Size) -> tuple[int, int]:
@@ -85,12 +104,13 @@ def _dds_eager(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, ro
     last size, is added.
     """
     grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
-    if _native(x):
-        if costs.dense_is_faster(x, values, rows, columns):
-            y = costs.dense_dds(x, values, index, bias, grid, transpose)
-            if y is not None:
-                return y
-        return cpu.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
+    kernels = _kernels(x)
+    if kernels is cpu and costs.dense_is_faster(x, values, rows, columns):
+        y = costs.dense_dds(x, values, index, bias, grid, transpose)
+        if y is not None:
+            return y
+    if kernels is not None:
+        return kernels.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
     with torch.autocast(x.device.type, enabled=False):
         return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
 
@@ -100,10 +120,11 @@ def _sdd_eager(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_colum
     _G, H, M, _K = a.shape
     block = (block_rows, block_columns)
     grid = _grid(M, b.shape[3], block)
-    if _native(a):
-        if costs.dense_sdd_is_faster(a, b, (index.shape[0] - H * sum(grid) - 2) // 4, block):
-            return costs.dense_sdd(a, b, index, grid, block)
-        return cpu.sdd(a, b, index, grid, block, reduce)
+    kernels = _kernels(a)
+    if kernels is cpu and costs.dense_sdd_is_faster(a, b, (index.shape[0] - H * sum(grid) - 2) // 4, block):
+        return costs.dense_sdd(a, b, index, grid, block)
+    if kernels is not None:
+        return kernels.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
     kind = _accumulator(a.dtype)
     with torch.autocast(a.device.type, enabled=False):
@@ -144,10 +165,10 @@ def _dds_backward(ctx, grad: Tensor):
     x, values, index = ctx.saved_tensors
     dx = dvalues = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _dds(grad, values, index, None, ctx.rows, ctx.columns, not ctx.transpose)
+        dx = _call(_dds, grad, values, index, None, ctx.rows, ctx.columns, not ctx.transpose)
     if ctx.needs_input_grad[1]:
         a, b = (grad.mT, x) if ctx.transpose else (x.mT, grad)
-        dvalues = _sdd(a, b, index, *ctx.block, ctx.shared)
+        dvalues = _call(_sdd, a, b, index, *ctx.block, ctx.shared)
     if ctx.needs_input_grad[3]:
         dbias = grad.sum((0, 1, 2))
     return dx, dvalues, None, dbias, None, None, None
@@ -163,9 +184,9 @@ def _sdd_backward(ctx, grad: Tensor):
     a, b, index = ctx.saved_tensors
     da = db = None
     if ctx.needs_input_grad[0]:  # dA = G B^T, so dA^T = B G^T
-        da = _dds(b, grad, index, None, ctx.rows, ctx.columns, True).mT
+        da = _call(_dds, b, grad, index, None, ctx.rows, ctx.columns, True).mT
     if ctx.needs_input_grad[1]:  # dB = A^T G
-        db = _dds(a.mT, grad, index, None, ctx.rows, ctx.columns, False)
+        db = _call(_dds, a.mT, grad, index, None, ctx.rows, ctx.columns, False)
     return da, db, None, None, None, None
 
 
@@ -182,8 +203,7 @@ def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
 
 
-@torch.library.register_vmap("onetorch_sparse::dds")
-def _(info, dims, x, values, index, bias, rows, columns, transpose):
+def _dds_vmap(info, dims, x, values, index, bias, rows, columns, transpose):
     size = info.batch_size
     if dims[2] is not None:
         raise ValueError("layout: expected the same layout for every element of vmap")
@@ -198,13 +218,36 @@ def _(info, dims, x, values, index, bias, rows, columns, transpose):
     return y, 0
 
 
-@torch.library.register_vmap("onetorch_sparse::sdd")
-def _(info, dims, a, b, index, block_rows, block_columns, reduce):
+def _sdd_vmap(info, dims, a, b, index, block_rows, block_columns, reduce):
     if dims[2] is not None:
         raise ValueError("layout: expected the same layout for every element of vmap")
     a, b = _front(a, dims[0], info.batch_size), _front(b, dims[1], info.batch_size)
     values = _sdd(a.flatten(0, 1), b.flatten(0, 1), index, block_rows, block_columns, False).unflatten(0, a.shape[:2])
     return values.sum(1, keepdim=True) if reduce else values, 0
+
+
+torch.library.register_vmap("onetorch_sparse::dds", _dds_vmap)
+torch.library.register_vmap("onetorch_sparse::sdd", _sdd_vmap)
+
+
+# torch.func's derivatives do not see an operator's registered one, only that of an autograd.Function: inside them the operators are called as such.
+
+
+def _as_function(operator, setup, backward, vmap) -> type[torch.autograd.Function]:
+    members = {"forward": operator, "setup_context": setup, "backward": backward, "vmap": vmap}
+    return type(operator._name, (torch.autograd.Function,), {name: staticmethod(function) for name, function in members.items()})
+
+
+_FUNCTIONS: dict[object, type[torch.autograd.Function]] = {
+    _dds: _as_function(_dds, _dds_setup, _dds_backward, _dds_vmap),
+    _sdd: _as_function(_sdd, _sdd_setup, _sdd_backward, _sdd_vmap),
+}
+
+
+def _call(operator, *arguments):
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[operator].apply(*arguments)
+    return operator(*arguments)
 
 
 # The public functions: what may come in, and its canonical shape. -----------------------------------------------------------------------------------
@@ -292,7 +335,7 @@ def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool 
         if values.shape[:-3] != lead:
             raise ValueError(f"values: expected no leading dimensions or {tuple(lead)} as dense has, got {tuple(values.shape)}")
         blocks, canonical = values.reshape(prod(lead), *layout.values_shape), _canonical(x, layout)
-    y = _dds(canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
+    y = _call(_dds, canonical, blocks, layout.index, bias, *layout.shape, transpose_sparse)
     return y.reshape(*x.shape[:-1], outer)
 
 
@@ -323,5 +366,5 @@ def sdd(a: Tensor, b: Tensor, layout: Layout, *, transpose_a: bool = False, tran
     a, b = _cast(a, b)
     _check_same("b", b, "a", a)
     lead = a.shape[: a.ndim - (2 if layout.heads is None else 3)]
-    values = _sdd(_canonical(a.mT if transpose_a else a, layout), _canonical(b.mT if transpose_b else b, layout), layout.index, *layout.block, False)
+    values = _call(_sdd, _canonical(a.mT if transpose_a else a, layout), _canonical(b.mT if transpose_b else b, layout), layout.index, *layout.block, False)
     return values.reshape(*lead, *layout.values_shape)

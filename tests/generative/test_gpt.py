@@ -260,7 +260,8 @@ from onetorch.runs import folder, plan
 from onetorch.runs.run import Run
 
 where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
-config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4)
+config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4,
+                    eval_samples=1, eval_seconds=0.05, ema=(0.9,))
 run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
 save = run.checkpoint
 def checkpoint(state):
@@ -301,3 +302,117 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"the text is not the one this run was begun with"):
         with Run(tmp_path / "run", config, resume=True, quiet=True) as run:
             gpt.train(config, run)
+
+
+@pytest.mark.parametrize("kind", ["local", "strided", "fixed"])
+def test_sparse_attention_is_the_formula_over_what_each_byte_may_see(kind: str) -> None:
+    config = replace(TINY, context=256, attention=kind, stride=64)
+    model, window = model_with_weights(config), tokens(2, 256)
+    sparse = model(window)
+    model.path = "explicit"
+    assert torch.allclose(model(window), sparse, atol=1e-4)
+    model.config = replace(config, attention="dense")
+    assert not torch.allclose(model(window), sparse, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["dense", "local", "strided", "fixed"])
+def test_the_cache_changes_no_byte_of_a_sample(kind: str) -> None:
+    config = replace(TINY, context=96, attention=kind, stride=64)
+    model = model_with_weights(config)
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01}):
+        cached, plain = (
+            gpt.generate(model, b"to be", 150, torch.Generator().manual_seed(3), rows=2, cached=cached, **settings)  # type: ignore[arg-type]
+            for cached in (True, False)
+        )
+        assert cached == plain, settings
+        assert len(cached[0]) == 155  # the window was full in between
+
+
+def test_samples_stop_when_their_seconds_are_over() -> None:
+    assert gpt.generate(model_with_weights(), b"ab", 50, torch.Generator(), seconds=0.0) == [b"ab"]
+
+
+def test_the_gradient_of_a_batch_in_parts_is_that_of_the_whole() -> None:
+    model, window = model_with_weights(), tokens(6, 17)
+    whole = gpt.gradient(model, window, 1)
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    parts = gpt.gradient(model, window, 4)  # 2, 2 and 2
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    for p, e in zip((p for p in model.parameters() if p.grad is not None), expected, strict=True):
+        assert torch.allclose(p.grad, e, atol=1e-6)
+
+
+def test_flops_by_hand() -> None:
+    config = replace(TINY, ngram_orders=())  # two layers of width 16, T = 3
+    matrices = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 64) + 16 * 256
+    pairs = 2 * 2 * 6  # layers, heads, 1 + 2 + 3
+    assert gpt.flops(config, 3) == 6 * matrices * 3 + 12 * 8 * pairs
+    assert gpt.flops(TINY, 3) - gpt.flops(config, 3) == 6 * 8 * 16 * 3
+    local = replace(config, context=256, attention="local", stride=64)  # whole blocks of 32: their own, the one before and the one before that
+    rows = sum(min(t + 1, t % 32 + 65) for t in range(256))
+    assert gpt.flops(local, 256) == 6 * matrices * 256 + 12 * 8 * 2 * 2 * rows
+
+
+def test_stages_averages_and_the_norm_take_part_in_training(tmp_path: Path) -> None:
+    config = replace(
+        TINY, data=text_file(tmp_path), steps=8, batch_stages=(0.5, 1.0), context_stages=(0.25, 1.0), ema=(0.5, 0.9), final="ema", clip=1e-9, eval_samples=1,
+        schedule="cosine",
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    before = gpt.build(config).blocks[0].up.weight
+    with start(config, tmp_path / "run") as run:
+        model = gpt.train(config, run)
+    rows = list(folder.rows(tmp_path / "run"))
+    assert [r["tokens"] for r in rows] == [8, 16, 24, 32, 96, 160, 224, 288]  # 2 windows of 4, then 4 of 16
+    assert all(0 < r["mfu"] < 1 for r in rows)
+    assert {"val_bpb", "val_bpb_ema_0.5", "val_bpb_ema_0.9"} <= rows[-1].keys()
+    assert rows[-1]["val_bpb"] == rows[-1]["val_bpb_ema_0.5"]  # the run ends with the average
+    assert (model.head.weight.abs() < 0.1).all()
+    assert not torch.equal(model.blocks[0].up.weight, before)  # Muon and Adam do not see the size of the gradient
+    samples = (tmp_path / "run" / "media" / "samples-00000004.txt").read_text(encoding="utf-8")
+    assert "--- sample 1 ---\n\n" in samples
+    assert "--- sample 1, average 0.5 ---\n\n" in samples
+
+
+def test_a_run_that_diverges_is_ended_with_the_reason(tmp_path: Path) -> None:
+    config = replace(TINY, data=text_file(tmp_path), steps=100, lr_head=50.0)
+    with pytest.raises(RunError, match=r"the run diverges: in step \d+ .* after 5\.545 at first .* lower --lr_matrix"), start(config, tmp_path / "run") as run:
+        gpt.train(config, run)
+
+
+def test_rates_are_carried_over_to_width_and_batch() -> None:
+    def rates(**fields: int | None) -> list[float]:
+        config = replace(TINY, **fields)  # type: ignore[arg-type]
+        return [g["rate"] for o in gpt.optimizers(gpt.build(config), config) for g in o.param_groups]
+
+    own = rates()
+    assert rates(base_width=16, base_batch=4) == own
+    assert rates(base_width=4) == pytest.approx([own[0], own[1], own[2] / 4, own[3]])
+    assert rates(base_batch=1) == pytest.approx([2 * r for r in own])
+
+
+def test_the_size_of_a_step_in_logits_does_not_depend_on_the_width() -> None:
+    """The coordinate check of mu-P: how much each of three steps changes the logits, at widths 32 and 128, with the rates of width 32 carried over or not."""
+
+    def changes(width: int, base: int | None) -> list[float]:
+        config = replace(TINY, width=width, base_width=base, lr_matrix=0.02, lr_head=0.002, lr_embedding=0.01)
+        torch.manual_seed(0)
+        model, window = gpt.build(config), tokens(16, 17) % 8
+        rates = gpt.optimizers(model, config)
+        found = []
+        for _ in range(3):
+            before = model(window[:, :-1]).detach()
+            gpt.nll(model, window).mean().backward()
+            for optimizer in rates:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"]
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append((model(window[:, :-1]).detach() - before).square().mean().sqrt().item())
+        return found
+
+    narrow, wide, unscaled = changes(32, 32), changes(128, 32), changes(128, None)
+    for a, b, c in zip(narrow, wide, unscaled, strict=True):
+        assert 0.75 < b / a < 1.33
+        assert 3 < c / a < 5  # in proportion to the width

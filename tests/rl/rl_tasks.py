@@ -107,6 +107,73 @@ class Starter(Task):
         return np.array([child.pid], np.float32), 0.0, False, False, {}
 
 
+class Film(Task):
+    """Shows the number of its step as a grey level."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (16, 24), np.uint8)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as Gymnasium has it)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def look(self) -> Any:
+        return np.full((16, 24), self.count, np.uint8)
+
+    def render(self) -> Any:
+        return np.full((64, 64, 3), 20 * self.count, np.uint8)
+
+
+class Everything(Task):
+    """A Dict with one of each kind, and several choices to make at once; the reward spells them."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "speed": gymnasium.spaces.Box(-1, 1, (2, 2), np.float64),
+            "gear": gymnasium.spaces.Discrete(3, start=-1),
+            "doors": gymnasium.spaces.MultiBinary(2),
+            "seats": gymnasium.spaces.Tuple((gymnasium.spaces.MultiDiscrete([2, 3]), gymnasium.spaces.Box(0, 9, (1,), np.int64))),
+        }
+    )
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3, 4], start=[0, 1, -1])
+
+    def look(self) -> Any:
+        seats = (np.array([1, 2]), np.array([self.count]))
+        return {"speed": np.array([[0.1, 0.2], [0.3, 0.4]]), "gear": np.int64(0), "doors": np.array([0, 1], np.int8), "seats": seats}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        obs, _, *rest = super().step(action)
+        return obs, float(100 * action[0] + 10 * action[1] + action[2]), *rest
+
+
+class WrongPart(Everything):
+    def look(self) -> Any:
+        return super().look() | ({"gear": np.int64(5)} if self.count == 2 else {})
+
+
+class Switches(Film):
+    """Two pictures and a number; actions are switches. The pictures are the count in the first channel, the switches in the others."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "eye": gymnasium.spaces.Box(0, 255, (8, 10, 3), np.uint8),
+            "depth": gymnasium.spaces.Box(0, 255, (1, 8, 10), np.uint8),
+            "wheel": gymnasium.spaces.Box(-1, 1, (1,), np.float32),
+        }
+    )
+    action_space = gymnasium.spaces.MultiBinary(3)
+    given: Any = (0, 0, 0)
+
+    def look(self) -> Any:
+        eye = np.broadcast_to(np.array([self.count, *self.given[:2]], np.uint8), (8, 10, 3))
+        return {"eye": eye, "depth": np.full((1, 8, 10), 200, np.uint8), "wheel": np.array([0.5], np.float32)}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        self.given = action
+        return super().step(action)
+
+
 class Noisy(Task):
     """Prints where only answers may stand, draws from its seeded generator, takes actions from -1 to 1, and looks like a picture."""
 
@@ -121,6 +188,29 @@ class Noisy(Task):
         assert action in (-1, 0, 1)
         self.count += 1
         return self.look(), float(action), bool(self.np_random.random() < 0.1), False, {}
+
+
+class Chain(Task):
+    """Three states in a row, seen one-hot. Action 0 leaves and pays 1; action 1 walks on, and pays 5 at the row's end. With a discount of 0.9 it is best to
+    walk, and the states are worth 4.05, 4.5 and 5; with a discount of 0.4 they are worth 1, 2 and 5, and from the first it is best to leave."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (3,), np.float32)
+
+    def look(self) -> Any:
+        return np.eye(4, 3, dtype=np.float32)[self.count]
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        end = self.count == 3
+        return self.look(), 1.0 if action == 0 else 5.0 * end, bool(action == 0 or end), False, {}
+
+
+class Tell(BoxTask):
+    """The best action is 0.5, and each step pays what the square of the distance to it leaves of 1."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, 1.0 - float(np.square(action[0] - 0.5)), *rest  # type: ignore[return-value]
 
 
 class Faulty(Task):
@@ -167,6 +257,22 @@ class Faulty(Task):
         return None  # "none"
 
 
+class Payday(Task):
+    """One step, which pays the number of the action: 0, 1 or 2."""
+
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), float(action), True, False, {}
+
+
+class Target(BoxTask):
+    """One step, which pays 1 - (a - 0.5)^2."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.look(), 1 - (float(action[0]) - 0.5) ** 2, True, False, {}
+
+
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
 # value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
 LIMIT = 5
@@ -177,7 +283,9 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     gymnasium.register("Endless-v0", entry_point="rl_tasks:Task")
     gymnasium.register("Noisy-v0", entry_point="rl_tasks:Noisy", max_episode_steps=30)
     gymnasium.register("MissingPackage-v0", entry_point="a_package_that_is_not_there:Env")
+    gymnasium.register("Film-v0", entry_point="rl_tasks:Film", max_episode_steps=6)
     for fault in FAULTS:
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
-    for kind in (NaNObservation, InfiniteReward, Chance, TextObservation, TextAction, OldReset, OldStep, RewardList, NoFlag, Slow, Starter):
+    faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
+    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

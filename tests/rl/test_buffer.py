@@ -154,6 +154,7 @@ def test_n_step_returns_of_a_small_history() -> None:
     """Rewards 0, 10, 20, …, one environment. Its first episode is cut off after 3 steps, its second ends after 2, its third is cut after 3."""
     replay = filled(steps(1, 7, (1,)), capacity=20)
     batch, discount = replay.gather_n(torch.arange(7), 3, 0.5)
+    assert isinstance(discount, Tensor)
     # whole; two steps to the limit; one; two to the end; one; two, since the last but one step is the newest but one; one
     assert batch.reward.tolist() == [0 + 10 / 2 + 20 / 4, 10 + 20 / 2, 20, 30 + 40 / 2, 40, 50 + 60 / 2, 60]
     assert discount.tolist() == [0.125, 0.25, 0.5, 0.25, 0.5, 0.25, 0.5]
@@ -171,6 +172,7 @@ def test_n_step_returns_agree_with_a_walk(num_envs: int, count: int, image: bool
     rows = torch.arange(len(replay))
     for n in (1, 2, 3, 5):
         batch, discount = replay.gather_n(rows, n, 0.9)
+        discount = torch.as_tensor(discount).expand(len(rows))
         for i in rows.tolist():
             total, next_obs, terminated, expected = by_hand(replay, i, n, 0.9)
             assert batch.reward[i].item() == pytest.approx(total, rel=1e-6)

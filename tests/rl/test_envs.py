@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -16,64 +17,9 @@ import torch
 
 from onetorch.rl import envs
 from onetorch.rl.env_groups import Worker
-from onetorch.rl.envs import ActionMap, CartPole
+from onetorch.rl.env_worker import Observation
+from onetorch.rl.envs import ActionMap
 from onetorch.runs.errors import RunError, UsageError
-
-
-def balance(obs: torch.Tensor) -> torch.Tensor:
-    """A controller that keeps the pole up for more than 500 steps."""
-    return (obs @ torch.tensor([0.05, 0.2, 1.0, 0.4]) > 0).long()
-
-
-def test_cartpole_has_the_bits_of_gymnasium() -> None:
-    N = 6
-    ours, theirs = CartPole(N, seed=3), [gymnasium.make("CartPole-v1") for _ in range(N)]
-    rng = np.random.default_rng(0)
-
-    def take_over(i: int) -> None:
-        theirs[i].reset(seed=0)
-        theirs[i].unwrapped.state = ours.state[:, i].copy()  # type: ignore[attr-defined]
-
-    for i in range(N):
-        take_over(i)
-    ends = {"terminated": 0, "truncated": 0}
-    for _ in range(1100):
-        act = balance(ours.obs)
-        act[:3] = torch.from_numpy(rng.integers(0, 2, 3))
-        next_obs, reward, terminated, truncated = ours.step(act)
-        for i, env in enumerate(theirs):
-            obs, r, term, trunc, _ = env.step(int(act[i]))
-            assert next_obs[i].numpy().tobytes() == obs.tobytes()
-            assert (reward[i].item(), terminated[i].item(), truncated[i].item()) == (r, term, trunc)
-            if term or trunc:
-                ends["terminated" if term else "truncated"] += 1
-                take_over(i)
-    assert ends["terminated"] > 50
-    assert ends["truncated"] == 6  # three environments, twice 500 steps
-    assert ours.episodes.recent.count(500.0) == 6
-    assert ours.episodes.finished == sum(ends.values())
-
-
-def test_cartpole_begins_uniformly_between_plus_and_minus_a_twentieth() -> None:
-    obs = CartPole(50_000, seed=0).obs
-    assert obs.abs().max().item() <= 0.05
-    torch.testing.assert_close(obs.mean(0), torch.zeros(4), atol=6e-4, rtol=0)  # 4 standard errors: 0.1 / sqrt(12) / sqrt(50000) * 4
-    torch.testing.assert_close(obs.std(0), torch.full((4,), 0.1 / 12**0.5), atol=3e-4, rtol=0)
-
-
-def test_cartpole_agrees_with_the_gymnasium_backend() -> None:
-    """The same policy lives as long in both (they draw different beginnings)."""
-
-    def mean_length(backend: str) -> float:
-        batch = envs.make("CartPole-v1", 16, 0, backend)
-        rng = torch.Generator().manual_seed(0)
-        for _ in range(600):
-            batch.step(torch.randint(2, (16,), generator=rng))
-        assert batch.episodes.finished > 300
-        return batch.episodes.mean_return() or 0.0
-
-    assert mean_length("native") == pytest.approx(22.2, abs=4)  # random play lasts 22.2 steps, with a standard deviation of 12 an episode
-    assert mean_length("sync") == pytest.approx(22.2, abs=4)
 
 
 def play(batch: envs.Envs, steps: int, seed: int) -> list[torch.Tensor]:
@@ -90,7 +36,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 SYNC = [(env, "sync") for env in ("CartPole-v1", "Pendulum-v1", "Noisy-v0")]
-CASES = [("CartPole-v1", "native"), *SYNC, ("Noisy-v0", "processes"), ("HalfCheetah-v5", "processes")]
+CASES = [*SYNC, ("Noisy-v0", "processes"), ("HalfCheetah-v5", "processes")]
 
 
 @pytest.mark.parametrize(("env", "backend"), CASES)
@@ -215,6 +161,149 @@ def test_faults_are_named_at_once(kind: str, where: str, backend: str) -> None:
     batch.close()
 
 
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_dict_observations_and_several_choices(backend: str) -> None:
+    """By hand: the parts in the order of their names (Gymnasium sorts them), one-hot where they are choices."""
+    batch = envs.make("Everything-v0", 2, 0, backend)
+    assert batch.spaces == envs.Spaces(obs_dim=2 + 3 + 5 + 1 + 4, act_dim=9, discrete=True, multi=(2, 3, 4))
+    assert envs.spaces("Everything-v0", multi=True) == batch.spaces
+    doors, gear, seats, speed = [0, 1], [0, 1, 0], [0, 1, 0, 0, 1], [0.1, 0.2, 0.3, 0.4]
+    torch.testing.assert_close(batch.obs, torch.tensor([[*doors, *gear, *seats, 0, *speed]] * 2))
+    next_obs, reward, *_ = batch.step(torch.tensor([[0, 0, 0], [1, 2, 3]]))
+    torch.testing.assert_close(next_obs, torch.tensor([[*doors, *gear, *seats, 1, *speed]] * 2))
+    assert reward.tolist() == [0 + 10 - 1, 100 + 30 + 2]  # the choices begin at 0, 1, -1
+    with pytest.raises(ValueError, match=r"act must be 2 actions of MultiDiscrete\(.*\), got a tensor \(2,\)"):
+        batch.step(torch.zeros(2, dtype=torch.int64))
+    batch.close()
+    wrong = envs.make("WrongPart-v0", 2, 0, backend)
+    wrong.step(torch.zeros(2, 3, dtype=torch.int64))
+    told = r"WrongPart-v0 number [01] gave the observation \['gear'\] .*5.* at step 2 of episode 0: expected one of Discrete\(3, start=-1\)"
+    with pytest.raises(RunError, match=told):
+        wrong.step(torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_pictures_beside_vectors(backend: str) -> None:
+    batch = envs.make("Switches-v0", 2, 0, backend)
+    assert batch.spaces == envs.Spaces(obs_dim=1 + 4 * 8 * 10, act_dim=6, discrete=True, multi=(2, 2, 2), image=(4, 8, 10))
+    next_obs, *_ = batch.step(torch.tensor([[1, 0, 0], [0, 1, 1]]))
+    assert next_obs[:, 0].tolist() == [0.5, 0.5]
+    pictures = next_obs[:, 1:].reshape(2, 4, 80)
+    assert (pictures == torch.tensor([[200, 1, 1, 0], [200, 1, 0, 1]]).unsqueeze(-1)).all()  # depth, then the three channels of eye
+    batch.close()
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_pictures_alone_stay_bytes(backend: str) -> None:
+    batch = envs.make("Film-v0", 3, 0, backend)
+    assert batch.spaces == envs.Spaces(obs_dim=0, act_dim=2, discrete=True, image=(1, 16, 24))
+    assert (batch.spaces.obs_shape, batch.spaces.obs_dtype) == ((1, 16, 24), torch.uint8)
+    next_obs, *_ = batch.step(torch.zeros(3, dtype=torch.int64))
+    assert next_obs.dtype == batch.obs.dtype == torch.uint8
+    assert next_obs.shape == (3, 1, 16, 24)
+    assert (next_obs == 1).all()
+    other = envs.make("Film-v0", 3, 1, backend)
+    other.load_state_dict(batch.state_dict())
+    assert torch.equal(other.obs, batch.obs)
+    batch.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "image"),
+    [((8, 10), (1, 8, 10)), ((8, 10, 3), (3, 8, 10)), ((3, 8, 10), (3, 8, 10)), ((4, 8, 10), (4, 8, 10)), ((4, 8, 10, 3), (12, 8, 10))]
+    + [((7, 10), None), ((80,), None)],
+)
+def test_what_a_picture_is(shape: tuple[int, ...], image: tuple[int, ...] | None) -> None:
+    space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+    seen = Observation(space)
+    assert seen.image == image
+    value = space.sample()
+    row = np.empty(seen.shape, seen.dtype)
+    seen.write(value, row)
+    if image is None:
+        assert row.tolist() == value.ravel().tolist()
+        assert row.dtype == np.float32
+    else:
+        assert sorted(row.ravel().tolist()) == sorted(value.ravel().tolist())
+        if shape[-1] == 3:
+            assert np.array_equal(row[-1], value[..., 2] if len(shape) == 3 else value[3, ..., 2])
+        assert Observation(gymnasium.spaces.Box(0, 1, shape, np.float32)).image is None
+
+
+def test_stacks_begin_anew_with_each_episode() -> None:
+    """CartPole stacked by 3: each row is the last three observations of its own episode, the first repeated where there are fewer."""
+    plain, stacked = envs.make("CartPole-v1", 4, 0), envs.make("CartPole-v1", 4, 0, frame_stack=3)
+    assert stacked.spaces == envs.spaces("CartPole-v1", frame_stack=3) == envs.Spaces(obs_dim=12, act_dim=2, discrete=True)
+    history = [[row] * 3 for row in plain.obs]
+    ends, rng = 0, torch.Generator().manual_seed(0)
+    for _ in range(80):
+        assert torch.equal(stacked.obs, torch.stack([torch.cat(rows) for rows in history]))
+        act = torch.randint(2, (4,), generator=rng)
+        (next_obs, _, terminated, _), (next_stacked, *_) = plain.step(act), stacked.step(act)
+        history = [[*rows[1:], row] for rows, row in zip(history, next_obs, strict=True)]
+        assert torch.equal(next_stacked, torch.stack([torch.cat(rows) for rows in history]))
+        history = [[plain.obs[i]] * 3 if terminated[i] else rows for i, rows in enumerate(history)]
+        ends += int(terminated.sum())
+    assert ends > 5
+    assert stacked.episodes.finished == ends
+    again = envs.make("CartPole-v1", 4, 9, frame_stack=3)
+    again.load_state_dict(stacked.state_dict())
+    assert same(play(stacked, 40, 1), play(again, 40, 1))
+    assert again.episodes.recent == stacked.episodes.recent
+    with pytest.raises(ValueError, match="12\\) were saved, here they are \\(4, 8\\)"):
+        envs.make("CartPole-v1", 4, 9, frame_stack=2).load_state_dict(stacked.state_dict())
+
+
+def test_algorithms_are_not_given_what_they_do_not_ask_for() -> None:
+    with pytest.raises(UsageError, match=r"Everything-v0 has the action space MultiDiscrete\(.*\); this algorithm takes Box and Discrete$"):
+        envs.spaces("Everything-v0")
+    with pytest.raises(UsageError, match=r"Film-v0 has pictures \(C, H, W\) = \(1, 16, 24\) for observations; this algorithm takes vectors$"):
+        envs.spaces("Film-v0")
+    assert envs.spaces("Film-v0", images=True, frame_stack=4).image == (4, 16, 24)
+    with pytest.raises(UsageError, match="frame_stack is for vectors or pictures, not for both"):
+        envs.make("Switches-v0", 1, 0, frame_stack=2)
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_lunar_lander(backend: str) -> None:
+    with warnings.catch_warnings():  # the bindings of Box2D warn when they are imported, and end the process where that is an error
+        warnings.simplefilter("ignore")
+        pytest.importorskip("Box2D")
+    first, second = (envs.make("LunarLander-v3", 3, seed, backend) for seed in (0, 1))
+    assert first.spaces == envs.Spaces(obs_dim=8, act_dim=4, discrete=True)
+    play(first, 150, 0)
+    second.load_state_dict(first.state_dict())
+    assert same(play(first, 30, 1), play(second, 30, 1))
+    assert first.episodes.finished > 0
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_atari(backend: str) -> None:
+    for package in ("ale_py", "cv2"):
+        pytest.importorskip(package)
+    first, second = (envs.make("ALE/Breakout-v5", 2, seed, backend, frame_stack=4) for seed in (0, 1))
+    assert first.spaces == envs.spaces("ALE/Breakout-v5", images=True, frame_stack=4) == envs.Spaces(0, 4, discrete=True, image=(4, 84, 84))
+    rewards = sum(float(x.sum()) for x in play(first, 120, 0)[1::5])
+    assert rewards > 0
+    assert first.obs.dtype == torch.uint8
+    assert first.obs.float().std() > 10
+    second.load_state_dict(first.state_dict())
+    assert same(play(first, 20, 1), play(second, 20, 1))
+    first.close()
+    second.close()
+
+
+def test_atari_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    for name in [name for name in gymnasium.registry if name.startswith("ALE/")]:
+        monkeypatch.delitem(gymnasium.registry, name)
+    with pytest.raises(UsageError, match=r"ALE/Breakout-v5 needs a package that is not installed \(.*\): pip install 'onetorch\[atari\]'"):
+        envs.make("ALE/Breakout-v5", 1, 0)
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -230,6 +319,23 @@ def test_what_cannot_be_made_is_named_in_one_line(env: str, message: str) -> Non
     with pytest.raises(UsageError, match=message) as caught:
         envs.make(env, 1, 0, "sync")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_module_that_registers_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    name = f"registers_{backend}"
+    (tmp_path / f"{name}.py").write_text(
+        "import gymnasium, rl_tasks\nclass Mine(rl_tasks.Task): pass\n"
+        f"gymnasium.register('Mine-{backend}-v0', entry_point='{name}:Mine', max_episode_steps=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = envs.make(f"{name}:Mine-{backend}-v0", 2, 0, backend)
+    assert envs.backends(f"{name}:Mine-{backend}-v0") == ("sync", "processes")
+    ends = [batch.step(torch.zeros(2, dtype=torch.int64))[3].tolist() for _ in range(3)]
+    assert ends == [[False, False], [False, False], [True, True]]
+    batch.close()
+    with pytest.raises(UsageError, match="the module 'no_such_module' cannot be imported"):
+        envs.make("no_such_module:Mine-v0", 1, 0)
 
 
 def test_wrong_arguments() -> None:
@@ -282,8 +388,18 @@ def test_the_clock_is_given_back_after_each_step() -> None:
     batch.step(torch.zeros(1, dtype=torch.int64))
     time.sleep(0.6)  # an update that takes longer than a step may
     batch.step(torch.zeros(1, dtype=torch.int64))
-    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_alarm_clock_of_someone_else_is_left_alone() -> None:
+    def theirs(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGALRM, theirs)
+    try:
+        envs.make("Endless-v0", 1, 0, "sync").step(torch.zeros(1, dtype=torch.int64))
+        assert signal.getsignal(signal.SIGALRM) is theirs
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_slow_environments_do_not_hang_together() -> None:

@@ -70,6 +70,44 @@ def test_what_hinders_a_video_is_said_and_the_result_kept(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_deterministic_and_stochastic_are_both_reported() -> None:
+    """Noisy-v0 pays its action: 1 a step for action 2, 0 for action 1, for episodes of 9.6 steps in the mean (they end with probability 0.1)."""
+
+    def best(obs: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(obs),), 2)
+
+    def middle(obs: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(obs), dtype=torch.int64)
+
+    result = evaluation.evaluate(best, "Noisy-v0", media=None, episodes=60, seed=0, stochastic=middle)
+    assert result["return"] == pytest.approx(float(result["episode_length"]), abs=0.06)
+    assert float(result["return"]) == pytest.approx(9.6, abs=3 * 8 / 60**0.5)
+    assert result["stochastic_return"] == result["stochastic_return_ci95"] == result["stochastic_return_max"] == 0.0
+    assert result["stochastic_episode_length"] == result["episode_length"]  # the same seeds, and this task ends by its seed alone
+    assert "stochastic_episodes" not in result
+    alone = evaluation.evaluate(best, "Noisy-v0", media=None, episodes=60, seed=0)
+    assert alone == {name: value for name, value in result.items() if not name.startswith("stochastic")}
+
+
+def test_a_policy_sees_in_the_video_what_it_sees_in_evaluation(tmp_path: Path) -> None:
+    """Stacks of pictures and of vectors; Film-v0 shows the number of its step as a grey level, and 4 frames are seen at once."""
+    pytest.importorskip("av")
+    seen: list[torch.Tensor] = []
+
+    def look(obs: torch.Tensor) -> torch.Tensor:
+        seen.append(obs)
+        return torch.zeros(len(obs), dtype=torch.int64)
+
+    assert evaluation.film(look, "Film-v0", tmp_path / "agent.mp4", seed=0, frame_stack=4) is None
+    filmed, seen = seen, []
+    evaluation.returns(look, "Film-v0", episodes=1, seed=0, frame_stack=4)
+    assert len(filmed) == len(seen) == 6
+    assert filmed[0].shape == (1, 4, 16, 24)
+    assert filmed[0].dtype == torch.uint8
+    assert [frames[0, :, 0, 0].tolist() for frames in filmed] == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    assert all(torch.equal(a, b) for a, b in zip(filmed, seen, strict=True))
+
+
 def test_no_episodes() -> None:
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluation.returns(still, "CartPole-v1", episodes=0, seed=0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic, RunningNorm, categorical_logp, gaussian_logp, mlp
+from onetorch.rl.nets import ActorCritic, RunningNorm, categorical_kl, categorical_logp, flat_parameters, gaussian_kl, gaussian_logp, mlp
 
 
 def test_categorical_against_torch_distributions() -> None:
@@ -93,3 +93,41 @@ def test_running_norm_has_the_moments_of_all_rows() -> None:
     torch.testing.assert_close(norm.mean, data.double().mean(0))
     torch.testing.assert_close(norm.var, data.double().var(0, correction=0))
     torch.testing.assert_close(norm(data).std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_kl_by_hand() -> None:
+    # p = (1/2, 1/2), q = (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2
+    assert categorical_kl(torch.zeros(2), torch.log(torch.tensor([1.0, 3.0]))).item() == pytest.approx(0.5 * math.log(4 / 3))
+    # std 1 and 2, means 1 apart: ln 2 + (1 + 1) / 8 - 1/2; twice, for two components
+    one, two = torch.zeros(2), torch.full((2,), math.log(2.0))
+    assert gaussian_kl(torch.zeros(2), one, torch.ones(2), two).item() == pytest.approx(2 * (math.log(2) - 0.25))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_kl_against_torch_distributions(discrete: bool) -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(Spaces(3, 4, discrete), (8,), "tanh")
+    if discrete:
+        p, q = ((3 * torch.randn(50, 4),) for _ in range(2))
+        reference = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for (x,) in (p, q)))
+    else:
+        p, q = ((torch.randn(50, 4), torch.randn(4)) for _ in range(2))
+        normal = [torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1) for mean, log_std in (p, q)]
+        reference = torch.distributions.kl_divergence(*normal)
+    torch.testing.assert_close(model.kl(p, q), reference)
+    assert model.kl(p, p).abs().max() < 1e-6
+
+
+def test_flat_parameters_are_the_same_weights() -> None:
+    torch.manual_seed(0)
+    nets = [mlp((3, 4, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    flat = flat_parameters(list(nets[1].parameters()))
+    optimizers = [torch.optim.Adam(params, lr=0.1, fused=True) for params in (nets[0].parameters(), [flat])]
+    for obs in torch.randn(3, 5, 3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=False)
+            net(obs).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(flat, torch.cat([p.flatten() for p in nets[1].parameters()]))
+    torch.testing.assert_close(flat, torch.cat([p.flatten() for p in nets[0].parameters()]))

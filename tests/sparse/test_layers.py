@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import Layout, Linear, from_bsr, patterns, to_bsr
+from onetorch.sparse import MLP, Layout, Linear, Projection, patterns
 
 
 def layer(bias=True, shape=(100, 72), block=(16, 8), seed=0, dtype=None):
@@ -132,20 +132,71 @@ def test_moves_and_copies():
     assert "density" in repr(sparse)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
-def test_bsr():
-    layout = patterns.random((64, 96), (16, 32), 0.4, torch.Generator().manual_seed(0))
-    values = torch.randn(layout.values_shape)
-    bsr = to_bsr(values, layout)
-    torch._validate_sparse_bsr_tensor_args(bsr.crow_indices(), bsr.col_indices(), bsr.values(), bsr.shape)
-    assert torch.equal(bsr.to_dense(), layout.to_dense(values))
-    again, same = from_bsr(bsr)
-    assert same == layout
-    assert torch.equal(again, values)
-    with pytest.raises(ValueError, match="BSR needs one matrix of whole blocks"):
-        to_bsr(values, Layout.from_mask(layout.mask, layout.block, (60, 96)))
-    with pytest.raises(ValueError, match="tensor: expected a sparse BSR matrix"):
-        from_bsr(torch.zeros(3, 3))
+def test_gates_and_their_gradient(path):
+    """A gate multiplies its block; its gradient is the sum of weight times dense gradient over the block; a gate of 0 is a block that is not there."""
+    torch.manual_seed(0)
+    layout = patterns.random((40, 72), (8, 16), 0.5, torch.Generator().manual_seed(0))
+    gated = Linear(72, 40, layout, dtype=torch.float64, gate=True)
+    plain = Linear(72, 40, layout, dtype=torch.float64)
+    plain.load_state_dict({name: value for name, value in gated.state_dict().items() if name != "gate"})
+    x = torch.randn(5, 72, dtype=torch.float64)
+    assert torch.equal(gated(x), plain(x))
+    with torch.no_grad():
+        gated.gate.uniform_(0.5, 1.5)[::3] = 0.0
+        plain.weight.mul_(gated.gate.view(-1, 1, 1))
+    assert torch.equal(gated.to_dense(), plain.to_dense())
+    gated(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert torch.allclose(gated.gate.grad, (plain.weight.grad * gated.weight.detach()).sum((1, 2)), rtol=1e-10)
+    assert torch.allclose(gated.weight.grad, plain.weight.grad * gated.gate.detach().view(-1, 1, 1), rtol=1e-12)
+    mask = layout.mask.clone()
+    mask[layout.mask] = gated.gate.detach() != 0
+    gated.set_layout(Layout.from_mask(mask, (8, 16), (40, 72)))
+    assert torch.allclose(gated(x), plain(x), rtol=1e-12)
+    assert gated.gate.shape == (gated.layout.kept,)
+    assert bool((gated.gate != 0).all())
+
+
+def test_mlp(path):
+    torch.manual_seed(0)
+    up, down = patterns.random((96, 40), 8, 0.5), patterns.random((40, 96), 8, 0.5)
+    mlp = MLP(40, 96, up, down, torch.tanh, dtype=torch.float64)
+    x = torch.randn(3, 40, dtype=torch.float64)
+    want = mlp.down.to_dense() @ torch.tanh(mlp.up.to_dense() @ x.T + mlp.up.bias[:, None]) + mlp.down.bias[:, None]
+    assert torch.allclose(mlp(x), want.T, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"layout: expected \(40, 96\)"):
+        MLP(40, 96, up, up)
+
+
+def test_projection():
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 40, dtype=torch.float64, requires_grad=True), torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    narrow = Projection(40, count=10, generator=torch.Generator().manual_seed(1))
+    at = narrow.index.tolist()
+    assert at == sorted(set(at))
+    select = torch.zeros(10, 40, dtype=torch.float64)
+    select[range(10), at] = 1.0  # the same as matrices
+    assert torch.equal(narrow.gather(x), x @ select.T)
+    assert torch.equal(narrow.scatter(y), y @ select)
+    assert torch.equal(narrow.scatter_add(x, y), x + y @ select)
+    assert torch.equal(narrow.scatter_mul(x, y), x * (y @ select + (1 - select.sum(0))))
+    for f, inputs in ((narrow.gather, (x,)), (narrow.scatter, (y,)), (narrow.scatter_add, (x, y)), (narrow.scatter_mul, (x, y))):
+        assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
+    assert Projection(40, stride=16).index.tolist() == [0, 16, 32]
+    assert Projection(4, index=torch.tensor([3, 1])).gather(torch.arange(4)).tolist() == [3, 1]
+    for arguments, message in (
+        ({}, "index, count, stride: expected exactly one"),
+        ({"count": 41}, r"count: expected 1\.\.40, got 41"),
+        ({"stride": 0}, r"stride: expected 1\.\.40, got 0"),
+        ({"index": torch.tensor([1, 1])}, r"index: expected different int64 entries in 0\.\.39"),
+        ({"index": torch.tensor([40])}, r"index: expected different int64 entries in 0\.\.39"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Projection(40, **arguments)
+    with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 40\), got \(3, 10\)"):
+        narrow.gather(y)
+    with pytest.raises(ValueError, match=r"y: expected leading dimensions \(3,\) as x has, got \(2, 10\)"):
+        narrow.scatter_add(x, y[:2])
 
 
 def test_wrong_arguments():

@@ -1,0 +1,56 @@
+"""The documentation's commands and Python do what they say: all of them are run, with fewer steps."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onetorch import cli
+from onetorch.runs import folder
+
+DOCS = Path(__file__).parents[1] / "docs"
+STEPS = {"ppo": "8192", "dqn": "2500"}  # of a training on a page
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with fewer steps."""
+    if words[0] not in ("train", "sweep"):
+        return words
+    if "--total_steps" in words:
+        words = words[: (at := words.index("--total_steps"))] + words[at + 2 :]
+    return [*words, "--total_steps", STEPS[words[1]]]
+
+
+def test_coming_from_spinning_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    page = DOCS / "spinningup.md"
+    commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    assert len(commands) == 6
+    for line in commands:
+        program, *words = shlex.split(line)
+        assert program == "onetorch"
+        assert cli.main(small(words)) == 0, f"{line}\n{capsys.readouterr().err}"
+    config = folder.read_json(tmp_path / "runs" / "first" / "config.json")["config"]
+    assert (config["env"], config["seed"], config["hidden"], config["activation"]) == ("CartPole-v1", 3, [64, 64], "tanh")
+    trials = sorted((c["seed"], c["hidden"]) for p in (tmp_path / "runs" / "nets").glob("*/config.json") for c in [folder.read_json(p)["config"]])
+    assert trials == [(seed, hidden) for seed in (0, 10, 20) for hidden in ([32, 32], [64, 32])]
+    assert (tmp_path / "runs" / "nets" / "report.html").exists()
+    space: dict[str, Any] = {}
+    for code in blocks(page, "python"):
+        exec(code.replace("10_000", STEPS["ppo"]), space)
+    assert float(space["reward"]) == 1.0
+    assert [trial.state for trial in space["trials"]] == ["done", "done"]
+
+
+def test_the_page_knows_every_flag_that_is_understood() -> None:
+    text = (DOCS / "spinningup.md").read_text(encoding="utf-8")
+    for name, field in cli.ALIASES.items():
+        assert f"`--{name}`" in text or f"`--{name} " in text or f"`--{name}:" in text, name
+        assert f"`--{field}`" in text, field
