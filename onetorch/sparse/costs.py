@@ -82,7 +82,7 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: s
     x = torch.linspace(-1, 1, tokens * SIZE).view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
     R, C = SIZE // block[0], SIZE // block[1]
     checker = (torch.arange(R)[:, None] + torch.arange(C)) % 2 == 0
-    candidates: dict[tuple[str, float], Callable[[], object]] = {}
+    candidates: dict[tuple[str, float], Callable[[], Tensor | None]] = {}
     for density, mask in ((1.0, torch.ones(R, C, dtype=torch.bool)), (0.5, checker)):
         layout = Layout.from_mask(mask, block)
         if product == "sdd":

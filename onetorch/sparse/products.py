@@ -15,7 +15,6 @@ import functools
 import warnings
 from math import prod
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,6 +194,7 @@ torch.library.register_autograd("onetorch_sparse::dds", _dds_backward, setup_con
 torch.library.register_autograd("onetorch_sparse::sdd", _sdd_backward, setup_context=_sdd_setup)
 
 
+
 # Under torch.func.vmap the new dimension joins G.
 
 
@@ -238,7 +238,7 @@ def _as_function(operator, setup, backward, vmap) -> type[torch.autograd.Functio
     return type(operator._name, (torch.autograd.Function,), {name: staticmethod(function) for name, function in members.items()})
 
 
-_FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {
+_FUNCTIONS: dict[object, type[torch.autograd.Function]] = {
     _dds: _as_function(_dds, _dds_setup, _dds_backward, _dds_vmap),
     _sdd: _as_function(_sdd, _sdd_setup, _sdd_backward, _sdd_vmap),
 }
