@@ -301,10 +301,10 @@ class Payday(Task):
 
 
 class Target(BoxTask):
-    """One step, which pays 1 - (a - 0.5)^2."""
+    """One step, which pays 1 - 2 (a - 0.5)^2."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.look(), 1 - (float(action[0]) - 0.5) ** 2, True, False, {}
+        return self.look(), 1 - 2 * (float(action[0]) - 0.5) ** 2, True, False, {}
 
 
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
