@@ -32,16 +32,16 @@ def ppo_halfcheetah(Config: Any) -> Any:
     return Config(env="HalfCheetah-v5", **PPO_MUJOCO | {"log_std": -1.0})  # with -0.7: 5,440 to 6,080
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 2,790 after 1,000,000 steps (one seed), 190 CPU-s on one core")
 def ppo_hopper(Config: Any) -> Any:
     """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Hopper-v5", **PPO_MUJOCO)
+    return Config(env="Hopper-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 3,860 after 1,000,000 steps (one seed), 240 CPU-s on one core")
 def ppo_walker2d(Config: Any) -> Any:
     """PPO on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Walker2d-v5", **PPO_MUJOCO)
+    return Config(env="Walker2d-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
 @recipe("ppo", reaches="")
