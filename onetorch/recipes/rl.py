@@ -26,22 +26,22 @@ SPINNINGUP: dict[str, Any] = {
 }  # fmt: skip
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 6,220 after 1,000,000 steps (5,410 to 6,780 over 3 seeds), 100 CPU-s on one core")
 def ppo_halfcheetah(Config: Any) -> Any:
     """PPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="HalfCheetah-v5", **PPO_MUJOCO)
+    return Config(env="HalfCheetah-v5", **PPO_MUJOCO | {"log_std": -1.0})  # with -0.7: 5,440 to 6,080
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 2,790 after 1,000,000 steps (one seed), 190 CPU-s on one core")
 def ppo_hopper(Config: Any) -> Any:
     """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Hopper-v5", **PPO_MUJOCO)
+    return Config(env="Hopper-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 3,860 after 1,000,000 steps (one seed), 240 CPU-s on one core")
 def ppo_walker2d(Config: Any) -> Any:
     """PPO on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Walker2d-v5", **PPO_MUJOCO)
+    return Config(env="Walker2d-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
 @recipe("ppo", reaches="")
@@ -63,7 +63,7 @@ def ppo_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, lr=3e-4, epochs=80, minibatches=1, clip=0.2, target_kl=0.015, anneal=False, max_grad_norm=None)
 
 
-@recipe("trpo", reaches="")
+@recipe("trpo", reaches="mean return 5,540 after 1,000,000 steps (one seed), 100 CPU-s on one core")
 def trpo_halfcheetah(Config: Any) -> Any:
     """TRPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **TRPO_MUJOCO)
@@ -75,7 +75,7 @@ def trpo_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, delta=0.01, damping=0.1, cg_steps=10, backtracks=10, backtrack=0.8, value_epochs=80, value_minibatches=1)
 
 
-@recipe("vpg", reaches="")
+@recipe("vpg", reaches="mean return 4,780 after 1,000,000 steps (one seed), 80 CPU-s on one core")
 def vpg_halfcheetah(Config: Any) -> Any:
     """Vanilla policy gradient on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **MUJOCO | {"num_envs": 8, "batch_size": 2048}, lr=3e-3)
