@@ -3,10 +3,11 @@
     python benchmarks/offpolicy_speed.py --peer-python PYTHON --cleanrl CLONE --spinningup CLONE [--shims FOLDER] [--algorithms sac td3] [--envs Pendulum-v1 …]
 
 A training step is one step of the environment, one gradient step, and all else that the loop does. Each run goes to 900 steps; the first 200 collect with
-random actions (a setting of each), the rate is that of steps 300 to 900. All compute in torch of one thread on one core, in turn, each in a process of its
-own; the median over the rounds counts. Ours is measured at batch 256 beside stable-baselines3 and CleanRL, and with Spinning Up's settings (batch 100, 50
-updates after every 50 steps) beside Spinning Up; in float32 and, where the processor multiplies it, bfloat16. `--shims` holds a folder `CleanRL` and one
-`Spinning Up`, put on their import path: they want an older Gymnasium, gym, MPI and TensorFlow. Prints the rows, writes
+random actions (a setting of each). The rate is that of steps 300 to 900 by the processor's time, which other work on the machine disturbs less than the clock
+on the wall; on a quiet machine one thread on one core takes as much of either (`wall` in the results). All compute in torch of one thread on one core, in
+turn, each in a process of its own; the median over the rounds counts. Ours is measured at batch 256 beside stable-baselines3 and CleanRL, and with Spinning
+Up's settings (batch 100, 50 updates after every 50 steps) beside Spinning Up; in float32 and, where the processor multiplies it, bfloat16. `--shims` holds a
+folder `CleanRL` and one `Spinning Up`, put on their import path: they want an older Gymnasium, gym, MPI and TensorFlow. Prints the rows, writes
 benchmarks/results/offpolicy_speed.json, and exits with 1 where the better of ours is below the target against a peer.
 """
 
@@ -39,8 +40,8 @@ def ours(algorithm: str, env: str, dtype: str, batch: int, seed: int) -> dict[st
         with Run(Path(folder) / "run", config, quiet=True, fixed={"threads": "1", "dtype": dtype}) as run:
             module.train(config, run)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    at = {row["step"]: row["seconds"] for row in rows}
-    return {"rate": (TO - FROM) / (at[TO] - at[FROM])}
+    first, last = (next(row for row in rows if row["step"] == step) for step in (FROM, TO))
+    return {"rate": (TO - FROM) / (last["cpu_seconds"] - first["cpu_seconds"]), "wall": (TO - FROM) / (last["seconds"] - first["seconds"])}
 
 
 def counted() -> None:
@@ -50,16 +51,16 @@ def counted() -> None:
     make = gymnasium.make
 
     class Count(gymnasium.Wrapper):
-        steps, start = 0, 0.0
+        steps, start = 0, (0.0, 0.0)
 
         def step(self, action: Any) -> Any:
             result = self.env.step(action)
             Count.steps += 1
             if Count.steps == FROM:
-                Count.start = time.perf_counter()
+                Count.start = (time.process_time(), time.perf_counter())
             elif Count.steps == TO:
-                rate = (TO - FROM) / (time.perf_counter() - Count.start)
-                os.write(3, json.dumps({"rate": rate}).encode())
+                cpu, wall = time.process_time() - Count.start[0], time.perf_counter() - Count.start[1]
+                os.write(3, json.dumps({"rate": (TO - FROM) / cpu, "wall": (TO - FROM) / wall}).encode())
                 os._exit(0)
             return result
 
@@ -90,7 +91,7 @@ def theirs(peer: str, algorithm: str, env: str, seed: int, clone: str) -> None:
         train(lambda: gym.make(env), seed=seed, update_after=FIRST, start_steps=FIRST, logger_kwargs={"output_dir": "log"})
 
 
-def child(python: str, words: list[str], shims: str | None) -> float:
+def child(python: str, words: list[str], shims: str | None) -> dict[str, float]:
     path = filter(None, (shims, str(HERE.parent.parent), os.environ.get("PYTHONPATH")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +103,7 @@ def child(python: str, words: list[str], shims: str | None) -> float:
             text = stream.read()
     if not text:
         raise RuntimeError(f"{' '.join(words)} gave no rate: {done.stderr[-2000:]}")
-    return json.loads(text)["rate"]
+    return {name: round(value, 1) for name, value in json.loads(text).items()}
 
 
 def main() -> int:
@@ -114,6 +115,7 @@ def main() -> int:
     parser.add_argument("--cleanrl", help="folder of a clone of CleanRL")
     parser.add_argument("--spinningup", help="folder of a clone of Spinning Up")
     parser.add_argument("--shims", help="folder with the modules that the clones miss")
+    parser.add_argument("--out", default=HERE.parent / "results" / "offpolicy_speed.json", help="the results, added to what stands there")
     parser.add_argument("--core", type=int, default=None, help="core to pin everything to (default: the first allowed)")
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -134,21 +136,21 @@ def main() -> int:
     sides += [("stable-baselines3", "-")]
     sides += [("CleanRL", str(Path(options.cleanrl).resolve()))] if options.cleanrl else []
     sides += [("Spinning Up", str(Path(options.spinningup).resolve()))] if options.spinningup else []
-    path = HERE.parent / "results" / "offpolicy_speed.json"
+    path = Path(options.out)
     result = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     result |= {"target_ratio": TARGET, "machine": next((n.partition(":")[2].strip() for n in names if n.startswith("model name")), platform.processor())}
     for algorithm in options.algorithms:
         for env in options.envs:
-            rates: dict[str, list[float]] = {}
+            rates: dict[str, list[dict[str, float]]] = {}
             for seed in range(options.rounds):
                 for who, what in sides:
                     python = sys.executable if who == "ours" else options.peer_python
                     shims = str(Path(options.shims).resolve() / who) if options.shims and who != "ours" else None
                     rate = child(python, ["--run", who, algorithm, env, what, str(seed)], shims)
-                    rates.setdefault(f"ours {what}" if who == "ours" else who, []).append(round(rate, 1))
-                    sys.stderr.write(f"{algorithm} {env} {who} {what if who == 'ours' else ''}: {rate:.0f} steps/s\n")
-            medians = {name: statistics.median(values) for name, values in rates.items()}
+                    rates.setdefault(f"ours {what}" if who == "ours" else who, []).append(rate)
+                    sys.stderr.write(f"{algorithm} {env} {who} {what if who == 'ours' else ''}: {rate['rate']:.0f} steps/s ({rate['wall']:.0f} on the wall)\n")
+            medians = {name: statistics.median(value["rate"] for value in values) for name, values in rates.items()}
             ratios = {
                 f"{mine} : {peer}": round(medians[mine] / medians[peer], 2)
                 for mine in medians if mine.startswith("ours")

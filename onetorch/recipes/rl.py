@@ -85,3 +85,52 @@ def vpg_halfcheetah(Config: Any) -> Any:
 def vpg_spinningup(Config: Any) -> Any:
     """Vanilla policy gradient with Spinning Up's own hyper-parameters."""
     return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)
+
+
+# Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.
+SPINNINGUP_REPLAY: dict[str, Any] = {
+    "env": "HalfCheetah-v5", "total_steps": 400_000, "random_steps": 10_000, "update_after": 1000, "update_every": 50, "batch_size": 100, "lr": 1e-3,
+    "log_every": 4000,
+}  # fmt: skip
+
+
+@recipe("sac", reaches="mean return -137 on Pendulum-v1 after 20,000 steps, 130 CPU-s on one core")
+def sac(Config: Any) -> Any:
+    """Soft Actor-Critic with twin critics and a learned temperature, Haarnoja et al. 2018, arXiv:1812.05905."""
+    return Config()
+
+
+@recipe("sac", reaches="mean return 4,490 after 96,600 of its steps, 660 CPU-s on one core (one seed)")
+def sac_halfcheetah(Config: Any) -> Any:
+    """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", total_steps=1_000_000, random_steps=10_000, lr=3e-4, log_every=5000)
+
+
+@recipe("sac", reaches="")
+def sac_spinningup(Config: Any) -> Any:
+    """SAC with Spinning Up's own hyper-parameters: the temperature is fixed at 0.2."""
+    return Config(**SPINNINGUP_REPLAY, alpha=0.2)
+
+
+@recipe("td3", reaches="")
+def td3(Config: Any) -> Any:
+    """Twin Delayed DDPG, Fujimoto et al. 2018, arXiv:1802.09477."""
+    return Config()
+
+
+@recipe("td3", reaches="")
+def td3_spinningup(Config: Any) -> Any:
+    """TD3 with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP_REPLAY)
+
+
+@recipe("ddpg", reaches="")
+def ddpg(Config: Any) -> Any:
+    """Deep Deterministic Policy Gradient, Lillicrap et al. 2015, arXiv:1509.02971."""
+    return Config()
+
+
+@recipe("ddpg", reaches="")
+def ddpg_spinningup(Config: Any) -> Any:
+    """DDPG with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP_REPLAY)

@@ -110,7 +110,7 @@ GOLDEN = {
 def test_golden_losses(algorithm: ModuleType) -> None:
     def fifty() -> dict[str, float]:
         config = small(algorithm.Config, lr=1e-3)
-        state = algorithm.begin(config)
+        state = algorithm.begin(config, "sync")
         for _ in range(100):
             algorithm.explore(config, state, True)
         for _ in range(50):
