@@ -1,13 +1,15 @@
-"""Block-sparse kernels on the CPU, against dense and against PyTorch's BSR in the same run.
+"""Block-sparse kernels on the CPU, against dense and against what else can train block-sparse on a CPU, in the same run.
 
-    python benchmarks/sparse_cpu.py                      # every row, about ten minutes
-    python benchmarks/sparse_cpu.py --quick              # a few rows, one minute
-    python benchmarks/sparse_cpu.py --threads 1 --only products
+    python benchmarks/sparse_cpu.py                      # every row, about half an hour
+    python benchmarks/sparse_cpu.py --quick              # a few rows, two minutes
+    python benchmarks/sparse_cpu.py --threads one --only products
 
 Overhead is time / (dense time x density): 1.00 means that the time falls exactly with the density. All candidates of a row are timed in turn, in
-shuffled order, and the medians of the ratios are reported. Forward is a Linear layer without bias as users call it (packing and autograd included);
-forward + backward adds both gradients.
-`peak` is the best rate of the dense product seen in this run; a row shows the sparse rate (on kept elements) as a fraction of it.
+shuffled order, each after one call that is not timed, and the medians of the ratios are reported. Forward is a Linear layer without bias as users call
+it (packing and autograd included); forward + backward adds both gradients. Peers of forward + backward: the dense layer; the dense layer with its weight
+multiplied by the mask; and torch's BSR by hand, which is all it allows (its autograd has no gradient to the input): two BSR products and a dense
+gradient of the weight. The rate of a row, counted on kept elements, stands beside its share of the machine's measured peak: the best that torch's dense
+product or a full layout of ours reached in cache. `reading` is the bandwidth of one pass over the kept weights.
 Writes benchmarks/results/sparse_cpu_one_thread.json, or _all_cores or _both, with the machine's load; exits 1 where a row misses its target. Rows on all
 cores mean something only where nothing else runs: a thread that loses its core makes the others wait at the end of each product.
 """
@@ -26,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from onetorch.sparse import Layout, Linear, attention, cpu, patterns, to_bsr
+from onetorch.sparse import Layout, Linear, attention, choice, cpu, dds, patterns, to_bsr
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
 DENSITIES = (0.5, 0.25, 0.1, 0.05, 0.02)
@@ -43,21 +45,30 @@ PRODUCTS = (
 
 
 def interleaved(candidates, seconds, rounds=None):
-    """{name: function} -> {name: [seconds, ...]}, all timed in every round, in shuffled order."""
+    """{name: function} -> {name: [seconds, ...]}, all timed in every round, in shuffled order, each after a call that brings its code and data in."""
     order = list(candidates)
-    for name in order:
-        candidates[name]()
     times = {name: [] for name in order}
     end = time.perf_counter() + seconds
     while len(times[order[0]]) < (rounds or 5) or (rounds is None and time.perf_counter() < end):
         random.shuffle(order)
         for name in order:
+            candidates[name]()
             start = time.perf_counter()
             candidates[name]()
             times[name].append(time.perf_counter() - start)
         if time.perf_counter() > end + 20:
             break
     return times
+
+
+def machine_peak(dtype):
+    """FLOP/s of the best product of 512 x 1024 x 1024 seen in half a second, torch's or ours."""
+    layout = Layout.from_mask(torch.ones(8, 8, dtype=torch.bool), 128)
+    x, weight = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    blocks = layout.from_dense(weight)
+    with torch.no_grad():
+        times = interleaved({"dense": lambda: functional.linear(x, weight), "ours": lambda: dds(x, blocks, layout, transpose_sparse=True)}, 0.5)
+    return 2 * 512 * 1024 * 1024 / min(min(t) for t in times.values())
 
 
 def ratio(times, name, to):
@@ -82,6 +93,11 @@ def balanced(size, block, density, seed):
     return make((size, size), block, density, torch.Generator().manual_seed(seed))
 
 
+def train_by_hand(bsr, transposed, x, grad):
+    """Forward, gradient of the input and gradient of the weight with torch's BSR."""
+    return (bsr @ x.T).T, (transposed @ grad.T).T, grad.T @ x
+
+
 def products(report, arguments):
     peak = {}
     for name, blocks, which, tokens, targets in PRODUCTS:
@@ -89,7 +105,9 @@ def products(report, arguments):
             continue
         dtype = getattr(torch, name)
         torch.set_num_threads(1 if which == "one" else arguments.cores)
-        size = 2048
+        if (name, which) not in peak:
+            peak[name, which] = machine_peak(dtype)
+        size = arguments.size
         x = torch.randn(tokens, size).to(dtype).requires_grad_()
         dense = torch.nn.Linear(size, size, bias=False, dtype=dtype)
         grad = torch.randn(tokens, size).to(dtype)
@@ -99,60 +117,86 @@ def products(report, arguments):
                     continue
                 layout = balanced(size, block, density, 0)
                 sparse = Linear(size, size, layout, bias=False, dtype=dtype)
+                mask = layout.element_mask().to(dtype)
+                masked = lambda x, mask=mask, dense=dense: functional.linear(x, dense.weight * mask)  # noqa: E731
+                bsr = to_bsr(sparse.weight.detach(), layout) if dtype == torch.float32 else None  # it has no bfloat16 on the CPU
+                transposed = None if bsr is None else bsr.to_dense().T.contiguous().to_sparse_bsr((block, block))
 
                 def forward(layer, x=x):
                     with torch.no_grad():
                         layer(x)
 
-                def both(layer, x=x, grad=grad):
-                    torch.autograd.grad(layer(x), (x, layer.weight), grad)
+                def both(layer, weight, x=x, grad=grad):
+                    torch.autograd.grad(layer(x), (x, weight), grad)
 
-                for label, run in (("forward", forward), ("forward + backward", both)):
-                    candidates = {"dense": lambda run=run, dense=dense: run(dense), "sparse": lambda run=run, sparse=sparse: run(sparse)}
-                    if dtype == torch.float32 and label == "forward":
-                        bsr = to_bsr(sparse.weight.detach(), layout)
-                        transposed = x.detach().T.contiguous()
-                        candidates["torch BSR"] = lambda bsr=bsr, t=transposed: bsr @ t
+                plain = x.detach()
+                for label in ("forward", "forward + backward"):
+                    if label == "forward":
+                        candidates = {"dense": lambda dense=dense: forward(dense), "sparse": lambda sparse=sparse: forward(sparse)}
+                        if bsr is not None:
+                            candidates["torch BSR"] = lambda bsr=bsr, x=plain: bsr @ x.T
+                    else:
+                        candidates = {
+                            "dense": lambda dense=dense: both(dense, dense.weight),
+                            "sparse": lambda sparse=sparse: both(sparse, sparse.weight),
+                            "dense with mask": lambda masked=masked, dense=dense: both(masked, dense.weight),
+                        }
+                        if bsr is not None:
+                            candidates["torch BSR by hand"] = lambda b=bsr, t=transposed, x=plain, grad=grad: train_by_hand(b, t, x, grad)
                     times = interleaved(candidates, arguments.seconds)
-                    flop = 2 * tokens * size * size * (3 if run is both else 1)
-                    rate = flop / min(times["dense"]) / 1e9
-                    peak[name, which] = max(peak.get((name, which), 0), rate)
-                    kept = flop * layout.density / statistics.median(times["sparse"]) / 1e9
-                    overhead = ratio(times, "sparse", "dense") / layout.density
-                    more = {"dense": f"{rate:.0f} GFLOP/s", "sparse": f"{kept:.0f} GFLOP/s", "of_peak": round(kept / peak[name, which], 2)}
+                    flop = 2 * tokens * size * size * (3 if "backward" in label else 1)
+                    rates = {"dense": flop / statistics.median(times["dense"]), "sparse": flop * layout.density / statistics.median(times["sparse"])}
+                    more = {key: f"{rate / 1e9:.0f} GFLOP/s" for key, rate in rates.items()}
+                    more["of_peak"] = round(rates["sparse"] / peak[name, which], 2)
+                    more["peak"] = f"{peak[name, which] / 1e9:.0f} GFLOP/s"
+                    row = f"{name} block {block} density {layout.density:.3f} {which} {label}"
+                    report.row(f"{row}: overhead", ratio(times, "sparse", "dense") / layout.density, target, **more)
                     if "torch BSR" in times:
-                        more["faster_than_bsr"] = round(ratio(times, "torch BSR", "sparse"), 1)
-                    row = f"{name} block {block} density {layout.density:.3f} {which}"
-                    report.row(f"{row} {label}: overhead", overhead, target, **more)
-                    if "torch BSR" in times:
-                        report.row(f"{row} forward: time / torch BSR's", ratio(times, "sparse", "torch BSR"), 0.333)
+                        report.row(f"{row}: time / torch BSR's", ratio(times, "sparse", "torch BSR"), 0.333)
+                    if "backward" in label and density >= 0.05:
+                        peers = [peer for peer in times if peer != "sparse"]
+                        fastest = min(peers, key=lambda peer: statistics.median(times[peer]))
+                        least = {16: 2.0, 32: 2.0, 64: 1.6, 128: 1.25}[block]
+                        report.row(f"{row}: time / fastest peer's", ratio(times, "sparse", fastest), round(1 / least, 3), peer=fastest)
 
 
 def never_slower(report, arguments):
     """Time over dense time, at densities where sparsity has least to give, and for few tokens."""
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
-        torch.set_num_threads(1)
+        torch.set_num_threads(1 if arguments.threads == "one" else arguments.cores)
         dense = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype)
         for tokens in (512, 64, 8, 1):
-            x = torch.randn(tokens, 2048).to(dtype)
+            x = torch.randn(tokens, 2048).to(dtype).requires_grad_()
+            grad = torch.randn(tokens, 2048).to(dtype)
             for block in (32,) if arguments.quick else (16, 32, 64, 128):
                 for density in (1.0, 0.5) if arguments.quick else (1.0, 0.9, 0.75, 0.5, 0.1):
                     layout = balanced(2048, block, density, 0)
                     sparse = Linear(2048, 2048, layout, bias=False, dtype=dtype)
+                    row = f"{name} block {block} density {layout.density:.3f} {tokens} tokens"
+                    chosen = choice(layout, tokens, dtype)
                     with torch.no_grad():
                         candidates = {"dense": lambda x=x, dense=dense: dense(x), "sparse": lambda x=x, sparse=sparse: sparse(x)}
+                        times = interleaved(candidates, arguments.seconds / 4)
+                    report.row(f"{row} forward: time / dense time", ratio(times, "sparse", "dense"), 1.02, choice=chosen)
+                    if tokens == 512:
+                        candidates = {
+                            key: lambda x=x, layer=layer, grad=grad: torch.autograd.grad(layer(x), (x, layer.weight), grad)
+                            for key, layer in (("dense", dense), ("sparse", sparse))
+                        }
                         times = interleaved(candidates, arguments.seconds / 2)
-                    what = f"{name} block {block} density {layout.density:.3f} {tokens} tokens forward: time / dense time"
-                    report.row(what, ratio(times, "sparse", "dense"), 1.02)
+                        report.row(f"{row} forward + backward: time / dense time", ratio(times, "sparse", "dense"), 1.02, choice=chosen)
 
 
 def few_tokens(report, arguments):
-    """Time over the time to read the kept weights once (a sum over the same values)."""
-    torch.set_num_threads(1)
+    """Time over the time to read the kept weights once (a maximum over the same values). `arithmetic` is the same ratio for the multiplications alone, at the
+    machine's peak: below it no kernel can come.
+    """
+    torch.set_num_threads(1 if arguments.threads == "one" else arguments.cores)
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
-        for tokens in (1, 8, 64):
+        peak = machine_peak(dtype)
+        for tokens in (1, 4, 8, 16, 64):
             for block in (32,) if arguments.quick else (32, 128):
                 layout = balanced(4096, block, 0.25, 0)
                 sparse = Linear(4096, 4096, layout, bias=False, dtype=dtype)
@@ -160,8 +204,11 @@ def few_tokens(report, arguments):
                 flat = sparse.weight.detach().view(-1).view(torch.int32)
                 with torch.no_grad():
                     times = interleaved({"read": lambda flat=flat: flat.max(), "sparse": lambda x=x, sparse=sparse: sparse(x)}, arguments.seconds)
+                reading = statistics.median(times["read"])
+                arithmetic = 2 * tokens * sparse.weight.numel() / peak / reading
                 what = f"{name} block {block} density 0.25 {tokens} tokens forward: time / reading the weights"
-                report.row(what, ratio(times, "sparse", "read"), 1.5)
+                more = {"arithmetic": round(arithmetic, 2), "reading": f"{sparse.weight.nbytes / reading / 1e9:.0f} GB/s"}
+                report.row(what, ratio(times, "sparse", "read"), 1.5, **more)
 
 
 def attentions(report, arguments):
@@ -224,6 +271,7 @@ def main():
     parser.add_argument("--threads", choices=("one", "all", "both"), default="both")
     parser.add_argument("--only", choices=tuple(PARTS), nargs="*", default=tuple(PARTS))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--size", type=int, default=2048, help="of the square weights of `products`")
     parser.add_argument("--cores", type=int, default=torch.get_num_threads(), help="what `all` means")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

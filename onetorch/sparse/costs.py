@@ -33,29 +33,42 @@ def _class(tokens: int) -> int:
 def dense_weight(values: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
     """values (1, kept, br, bc) without heads -> (R br, C bc)."""
     (R, C), (kept, br, bc) = grid, values.shape[1:]
+    if kept == R * C:
+        return values[0].view(R, C, br, bc).transpose(1, 2).reshape(R * br, C * bc)
     dense = values.new_zeros(R, br, C, bc)
     rows, columns = index[index.shape[0] - kept :], index[R + 1 : R + 1 + kept]
     dense.transpose(1, 2)[rows.long(), columns.long()] = values[0]
     return dense.view(R * br, C * bc)
 
 
-def dense_dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], transpose: bool) -> Tensor:
+def dense_dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], transpose: bool) -> Tensor | None:
+    """None where what came out is not finite: a NaN in an unused block may have met a zero, and the sparse kernel reads only what is used."""
     with torch.autocast("cpu", enabled=False):
         weight = dense_weight(values, index, grid)
-        return torch.nn.functional.linear(x, weight if transpose else weight.mT, bias).contiguous()
+        y = torch.nn.functional.linear(x, weight if transpose else weight.mT, bias).contiguous()
+        full = values.shape[1] == grid[0] * grid[1]
+        return y if full or bool(y.sum(dtype=torch.float32).isfinite()) else None
 
 
-def break_even(dtype: torch.dtype, block: tuple[int, int], tokens: int) -> float:
+def dense_sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """a (1, 1, R br, K) @ b (1, 1, K, C bc) as a whole, and of that the kept blocks: (1, kept, br, bc)."""
+    kept = (index.shape[0] - sum(grid) - 2) // 4
+    rows, columns = index[index.shape[0] - kept :], index[grid[0] + 1 : grid[0] + 1 + kept]
+    with torch.autocast("cpu", enabled=False):
+        return (a @ b).view(grid[0], block[0], grid[1], block[1]).transpose(1, 2)[rows.long(), columns.long()][None]
+
+
+def break_even(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: str = "dds") -> float:
     """The density from which the dense product is faster, for this class of token counts; NEVER where it is not even at 1."""
     lib = cpu.library()
     assert lib is not None
-    key = f"{str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} tokens {tokens} threads {torch.get_num_threads()}"
+    key = f"{product} {str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} tokens {tokens} threads {torch.get_num_threads()}"
     if key in measured:
         return measured[key]
     path = Path(lib._name).with_suffix(f".torch-{torch.__version__}.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
-        known[key] = round(_measure(dtype, block, tokens), 3)
+        known[key] = round(_measure(dtype, block, tokens, product), 3)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(known, file, indent=1)
         os.replace(file.name, path)
@@ -63,13 +76,17 @@ def break_even(dtype: torch.dtype, block: tuple[int, int], tokens: int) -> float
     return measured[key]
 
 
-def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int) -> float:
+def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: str = "dds") -> float:
     x = torch.linspace(-1, 1, tokens * SIZE).view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
     R, C = SIZE // block[0], SIZE // block[1]
     checker = (torch.arange(R)[:, None] + torch.arange(C)) % 2 == 0
     candidates = {}
     for density, mask in ((1.0, torch.ones(R, C, dtype=torch.bool)), (0.5, checker)):
         layout = Layout.from_mask(mask, block)
+        if product == "sdd":
+            candidates["sparse", density] = lambda i=layout.index: cpu.sdd(x.mT, x, i, (R, C), block, True)
+            candidates["dense", density] = lambda i=layout.index: dense_sdd(x.mT, x, i, (R, C), block)
+            continue
         values = torch.linspace(-1, 1, layout.kept * block[0] * block[1]).view(1, *layout.values_shape).to(dtype)
         candidates["sparse", density] = lambda v=values, i=layout.index: cpu.dds(x, v, i, None, (R, C), SIZE, True)
         candidates["dense", density] = lambda v=values, i=layout.index: dense_dds(x, v, i, None, (R, C), True)
@@ -88,23 +105,42 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int) -> float:
     return 1.0 - 0.5 * gap[1.0] / (gap[1.0] - gap[0.5])
 
 
-def dense_is_faster(x: Tensor, values: Tensor, index: Tensor, rows: int, columns: int) -> bool:
-    """For one set of values without heads and of whole blocks; other products are always sparse."""
+def _whole(shape: tuple[int, int], block: tuple[int, int], density: float, tokens: int) -> bool:
+    """Whether the dense product is thought of at all: whole blocks, not too few of them, not too few tokens."""
+    return shape[0] % block[0] == 0 and shape[1] % block[1] == 0 and density >= LEAST and _class(tokens) > 0
+
+
+def dense_is_faster(x: Tensor, values: Tensor, rows: int, columns: int) -> bool:
+    """For dds with one set of values, without heads; others are always sparse."""
     G, H, M, _K = x.shape
     sets, kept, br, bc = values.shape
-    if H != 1 or sets != 1 or rows % br or columns % bc or kept * br * bc < LEAST * rows * columns or not _class(G * M):
-        return False
-    return kept * br * bc >= break_even(x.dtype, (br, bc), _class(G * M)) * rows * columns
+    density = kept * br * bc / max(1, rows * columns)
+    return H == 1 and sets == 1 and _whole((rows, columns), (br, bc), density, G * M) and density >= break_even(x.dtype, (br, bc), _class(G * M))
+
+
+def dense_sdd_is_faster(a: Tensor, b: Tensor, kept: int, block: tuple[int, int]) -> bool:
+    """For one product without heads; others are always sparse."""
+    G, H, M, K = a.shape
+    density = kept * block[0] * block[1] / max(1, M * b.shape[3])
+    return G == 1 and H == 1 and _whole((M, b.shape[3]), block, density, K) and density >= break_even(a.dtype, block, _class(K), "sdd")
 
 
 def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> str:
-    """Which kernel `dds` and `dsd` take for this many tokens on this machine, in words; a measurement may run."""
+    """What a layer with this layout does with this many tokens on this machine, in words: the kernel of its forward product (and of the gradient of its
+    input), and that of the gradient of its weight. A measurement of a tenth of a second may run, once per machine.
+
+        >>> choice(layout, 512, torch.bfloat16)
+        'sparse: density 0.250, the dense product is faster from 0.981; gradient of the weight sparse, dense from 0.942'
+    """
     if layout.device.type != "cpu" or cpu.library() is None:
         return "pytorch: batched products of gathered blocks"
-    x = torch.empty(1, layout.heads or 1, tokens, layout.shape[0], dtype=dtype, device="meta")
-    values = torch.empty(1, *layout.values_shape, dtype=dtype, device="meta")
-    if layout.heads is not None or layout.density < LEAST or not _class(tokens) or layout.shape[0] % layout.block[0] or layout.shape[1] % layout.block[1]:
+    if layout.heads is not None or not _whole(layout.shape, layout.block, layout.density, tokens):
         return f"sparse: density {layout.density:.3f}, {tokens} tokens"
-    limit = break_even(dtype, layout.block, _class(tokens))
+    said = []
+    for product in ("dds", "sdd"):
+        limit = break_even(dtype, layout.block, _class(tokens), product)
+        said.append(("dense" if layout.density >= limit else "sparse", limit))
+    (forward, limit), (weight, weight_limit) = said
     where = "the dense product is never faster here" if limit == NEVER else f"the dense product is faster from {limit:.3f}"
-    return f"{'dense' if dense_is_faster(x, values, layout.index, *layout.shape) else 'sparse'}: density {layout.density:.3f}, {where}"
+    from_where = "never" if weight_limit == NEVER else f"from {weight_limit:.3f}"
+    return f"{forward}: density {layout.density:.3f}, {where}; gradient of the weight {weight}, dense {from_where}"

@@ -99,16 +99,15 @@ def _dds_pytorch(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, 
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("onetorch_sparse::dds", mutates_args=())
-def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
+def _dds_eager(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
     """x (G, H, M, rows) @ S (rows, columns) -> (G, H, M, columns); transposed: x (G, H, M, columns) @ S^T -> (G, H, M, rows). `bias`, of the output's
     last size, is added.
     """
     grid = _grid(rows, columns, (values.shape[2], values.shape[3]))
     kernels = _kernels(x)
-    if kernels is cpu and costs.dense_is_faster(x, values, index, rows, columns):
+    if kernels is cpu and costs.dense_is_faster(x, values, rows, columns):
         y = costs.dense_dds(x, values, index, bias, grid, transpose)
-        if bool(y.sum(dtype=torch.float32).isfinite()):  # else an unused NaN may have met a zero: the sparse kernel reads only what is used
+        if y is not None:
             return y
     if kernels is not None:
         return kernels.dds(x, values, index, bias, grid, rows if transpose else columns, transpose)
@@ -116,13 +115,15 @@ def _dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: in
         return _dds_pytorch(x, values, index, bias, rows, columns, transpose)
 
 
-@torch.library.custom_op("onetorch_sparse::sdd", mutates_args=())
-def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
+def _sdd_eager(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
     """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or the sum over G as (1, kept, br, bc)."""
     _G, H, M, _K = a.shape
     block = (block_rows, block_columns)
     grid = _grid(M, b.shape[3], block)
-    if (kernels := _kernels(a)) is not None:
+    kernels = _kernels(a)
+    if kernels is cpu and costs.dense_sdd_is_faster(a, b, (index.shape[0] - H * sum(grid) - 2) // 4, block):
+        return costs.dense_sdd(a, b, index, grid, block)
+    if kernels is not None:
         return kernels.sdd(a, b, index, grid, block, reduce)
     rows, columns = _kept_blocks(index, H, grid)
     kind = _accumulator(a.dtype)
@@ -133,12 +134,20 @@ def _sdd(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: in
     return (values.sum(0, keepdim=True) if reduce else values).to(a.dtype)
 
 
-@_dds.register_fake
+# Defined and implemented one by one, which leaves out three Python frames that `torch.library.custom_op` puts around each call.
+torch.library.define("onetorch_sparse::dds", "(Tensor x, Tensor values, Tensor index, Tensor? bias, int rows, int columns, bool transpose) -> Tensor")
+torch.library.define("onetorch_sparse::sdd", "(Tensor a, Tensor b, Tensor index, int block_rows, int block_columns, bool reduce) -> Tensor")
+torch.library.impl("onetorch_sparse::dds", "CompositeExplicitAutograd", _dds_eager)
+torch.library.impl("onetorch_sparse::sdd", "CompositeExplicitAutograd", _sdd_eager)
+_dds, _sdd = torch.ops.onetorch_sparse.dds.default, torch.ops.onetorch_sparse.sdd.default
+
+
+@torch.library.register_fake("onetorch_sparse::dds")
 def _(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int, columns: int, transpose: bool) -> Tensor:
     return x.new_empty(*x.shape[:3], rows if transpose else columns)
 
 
-@_sdd.register_fake
+@torch.library.register_fake("onetorch_sparse::sdd")
 def _(a: Tensor, b: Tensor, index: Tensor, block_rows: int, block_columns: int, reduce: bool) -> Tensor:
     G, H, M, _K = a.shape
     grid = _grid(M, b.shape[3], (block_rows, block_columns))
@@ -181,9 +190,8 @@ def _sdd_backward(ctx, grad: Tensor):
     return da, db, None, None, None, None
 
 
-_dds.register_autograd(_dds_backward, setup_context=_dds_setup)
-_sdd.register_autograd(_sdd_backward, setup_context=_sdd_setup)
-
+torch.library.register_autograd("onetorch_sparse::dds", _dds_backward, setup_context=_dds_setup)
+torch.library.register_autograd("onetorch_sparse::sdd", _sdd_backward, setup_context=_sdd_setup)
 
 
 # Under torch.func.vmap the new dimension joins G.
@@ -217,8 +225,8 @@ def _sdd_vmap(info, dims, a, b, index, block_rows, block_columns, reduce):
     return values.sum(1, keepdim=True) if reduce else values, 0
 
 
-_dds.register_vmap(_dds_vmap)
-_sdd.register_vmap(_sdd_vmap)
+torch.library.register_vmap("onetorch_sparse::dds", _dds_vmap)
+torch.library.register_vmap("onetorch_sparse::sdd", _sdd_vmap)
 
 
 # torch.func's derivatives do not see an operator's registered one, only that of an autograd.Function: inside them the operators are called as such.

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from onetorch.sparse import Layout, choice, costs, cpu, dds, patterns
+from onetorch.sparse import Layout, choice, costs, cpu, dds, patterns, sdd
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,24 @@ def test_the_dense_product_gives_the_same(monkeypatch, transpose):
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, values))))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_dense_product_gives_the_same_gradient_of_the_weight(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    layout = patterns.random((96, 64), (16, 32), 0.5, g)
+    a, b = torch.randn(96, 20, generator=g, dtype=torch.float64), torch.randn(20, 64, generator=g, dtype=torch.float64)
+    want = layout.from_dense(a @ b)
+    for limit, density in ((costs.NEVER, "sparse"), (0.0, "dense")):
+        monkeypatch.setattr(costs, "break_even", lambda *_, limit=limit: limit)
+        assert torch.allclose(sdd(a, b, layout), want, rtol=1e-12, atol=1e-12)
+        assert choice(layout, 20, torch.float64).startswith(density)
+
+
+def test_a_full_layout_is_laid_out_as_its_matrix():
+    g = torch.Generator().manual_seed(0)
+    layout = Layout.from_mask(torch.ones(3, 2, dtype=torch.bool), (16, 32))
+    dense = torch.randn(48, 64, generator=g)
+    assert torch.equal(costs.dense_weight(layout.from_dense(dense)[None], layout.index, layout.grid), dense)
 
 
 def test_the_dense_product_does_not_read_what_is_not_used(monkeypatch):
@@ -69,15 +87,16 @@ def test_measured_once_and_kept(monkeypatch, tmp_path):
     assert choice(layout, 500).startswith("dense")  # the same class of token counts
     monkeypatch.setattr(costs, "measured", {})
     assert choice(layout, 300).startswith("dense")  # from the file
-    assert calls == [(torch.float32, (32, 32), 512)]
+    assert calls == [(torch.float32, (32, 32), 512, "dds"), (torch.float32, (32, 32), 512, "sdd")]
     (kept,) = tmp_path.glob("*.json")
-    assert list(json.loads(kept.read_text()).values()) == [0.4]
+    assert list(json.loads(kept.read_text()).values()) == [0.4, 0.4]
     assert choice(patterns.random((256, 256), 32, 0.05), 300).startswith("sparse")
     assert choice(layout, 3).startswith("sparse")
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_a_real_measurement_touches_no_generator():
     before = torch.get_rng_state()
     assert 0 < costs._measure(torch.float32, (32, 32), 64) <= costs.NEVER
+    assert 0 < costs._measure(torch.float32, (32, 32), 64, "sdd") <= costs.NEVER
     assert torch.equal(torch.get_rng_state(), before)

@@ -119,8 +119,8 @@ template <class T, class E> void pack_rows(E* dst, const T* src, int64_t rows, i
       }
 }
 // the same rows with the tokens as the inner dimension: strips of `width` columns, unit (token, column)
-template <class T, class E, int P> void pack_columns(E* dst, const T* src, int64_t rows, int64_t padded_rows, int64_t depth, int64_t padded_depth, int64_t stride, int width) {
-  for (int64_t d = 0; d < padded_depth; d += width, dst += padded_rows * width) pack_panel<T, E, P>(dst, src + d, rows, padded_rows, depth - d, width, stride, 1);
+template <class T, class E, int P, int width> void pack_columns(E* dst, const T* src, int64_t rows, int64_t padded_rows, int64_t depth, int64_t padded_depth, int64_t stride) {
+  for (int64_t d = 0; d < padded_depth; d += width, dst += padded_rows * width) pack_panel<T, E, P, width>(dst, src + d, rows, padded_rows, depth - d, stride, 1);
 }
 
 // bc x NR accumulators as panel elements: pairs of keys where the machine multiplies pairs
@@ -173,7 +173,7 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const int64_t
       const int64_t bh = n / p.C, first = n % p.C * p.bc, count = std::min(p.bc, p.Sk - first);
       const T *ksrc = k + bh / p.Hk * ks[0] + bh % p.Hk * ks[1] + first * ks[2], *vsrc = v + bh / p.Hk * vs[0] + bh % p.Hk * vs[1] + first * vs[2];
       pack_rows<T, E>(K.data + n * p.bc * D, ksrc, count, p.bc, p.D, D, ks[2]);
-      pack_columns<T, E, P>(W.data + n * p.bc * Dv, vsrc, count, p.bc, p.Dv, Dv, vs[2], ROWS);
+      pack_columns<T, E, P, ROWS>(W.data + n * p.bc * Dv, vsrc, count, p.bc, p.Dv, Dv, vs[2]);
     }
     PRAGMA(omp for schedule(dynamic, 1))
     for (int64_t n = 0; n < p.B * p.H * strips; n++) {
@@ -181,7 +181,7 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const int64_t
       const int64_t bh = n % (p.B * p.H), b = bh / p.H, h = bh % p.H, row0 = (strips - 1 - n / (p.B * p.H)) * NR, row1 = std::min(p.S, row0 + NR);
       if (row0 >= p.S) continue;
       const int64_t head = b * p.Hk + h / (p.H / p.Hk), line = (p.layout_heads > 1 ? h : 0) * p.R + row0 / p.br;
-      pack_panel<T, E, P>(query, q + b * qs[0] + h * qs[1] + row0 * qs[2], p.D, D, row1 - row0, NR, 1, qs[2]);
+      pack_panel<T, E, P, NR>(query, q + b * qs[0] + h * qs[1] + row0 * qs[2], p.D, D, row1 - row0, 1, qs[2]);
       std::fill(o, o + Dv * NR, Acc(0));
       uint32_t row_hash[NR];
       dropout_rows<NR>(p, bh, row0, row_hash);
@@ -265,7 +265,7 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
       pack_rows<T, E>(krows, ksrc, p.Sk, keys, p.D, D, ks[2]);
       pack_rows<T, E>(vrows, vsrc, p.Sk, keys, p.Dv, Dv, vs[2]);
       for (int64_t c = 0; c < p.C; c++)
-        pack_columns<T, E, P>(kcols + c * p.bc * D, ksrc + c * p.bc * ks[2], std::min(p.bc, p.Sk - c * p.bc), p.bc, p.D, D, ks[2], ROWS);
+        pack_columns<T, E, P, ROWS>(kcols + c * p.bc * D, ksrc + c * p.bc * ks[2], std::min(p.bc, p.Sk - c * p.bc), p.bc, p.D, D, ks[2]);
       std::fill(dkey, dkey + sums, Acc(0));
       for (int64_t h = hk * repeat; h < (hk + 1) * repeat; h++)
         for (int64_t strip = 0; strip < strips; strip++) {
@@ -273,10 +273,10 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const int64_
           if (count <= 0) break;
           const int64_t line = (p.layout_heads > 1 ? h : 0) * p.R + row0 / p.br, at = (b * p.H + h) * p.S + row0;
           const T *qsrc = q + b * qs[0] + h * qs[1] + row0 * qs[2], *gsrc = grad + at * p.Dv;
-          pack_panel<T, E, P>(query, qsrc, p.D, D, count, NR, 1, qs[2]);
-          pack_columns<T, E, P>(query_cols, qsrc, count, NR, p.D, D, qs[2], WR);
-          pack_panel<T, E, P>(grads, gsrc, p.Dv, Dv, count, NR, 1, p.Dv);
-          pack_columns<T, E, P>(grad_cols, gsrc, count, NR, p.Dv, Dv, p.Dv, WR);
+          pack_panel<T, E, P, NR>(query, qsrc, p.D, D, count, 1, qs[2]);
+          pack_columns<T, E, P, WR>(query_cols, qsrc, count, NR, p.D, D, qs[2]);
+          pack_panel<T, E, P, NR>(grads, gsrc, p.Dv, Dv, count, 1, p.Dv);
+          pack_columns<T, E, P, WR>(grad_cols, gsrc, count, NR, p.Dv, Dv, p.Dv);
           Acc log_sum[NR], delta[NR];
           for (int64_t e = 0; e < NR; e++) {
             log_sum[e] = std::numeric_limits<Acc>::infinity(), delta[e] = 0;  // a query that sees nothing: its probabilities are 0

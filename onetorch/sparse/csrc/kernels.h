@@ -139,14 +139,17 @@ inline __attribute__((always_inline)) void micro(int64_t n, int64_t units, const
 
 // Packing. A tile holds MR rows: element (i, k) at (k / 8) * MR * 8 + i * 8 + k % 8, zeros beyond `rows` and `ks`.
 template <class T, class E> void pack_tile(E* dst, const T* src, int64_t rows, int64_t ks, int64_t padded, int64_t row_stride, int64_t k_stride) {
+  constexpr int64_t line = 64 / sizeof(T);  // rows are often 4096 bytes apart, one set of the first-level cache: a line is read as a whole, while it is there
   const E zero{};
-  for (int64_t k = 0; k < padded; k += kChunk, dst += MR * kChunk) {
-    if (rows == MR && k + kChunk <= ks && k_stride == 1) {
+  int64_t k = 0;
+  if (rows == MR && k_stride == 1)
+    for (; k + line <= std::min(ks, padded); k += line)
       for (int i = 0; i < MR; i++) {
         const T* s = src + i * row_stride + k;
-        UNROLL for (int e = 0; e < kChunk; e++) put(s[e], dst[i * kChunk + e]);
+        UNROLL for (int c = 0; c < line; c += kChunk) { UNROLL for (int e = 0; e < kChunk; e++) put(s[c + e], dst[(k + c) * MR + i * kChunk + e]); }
       }
-    } else if (rows == MR && k + kChunk <= ks) {
+  for (dst += k * MR; k < padded; k += kChunk, dst += MR * kChunk) {
+    if (rows == MR && k + kChunk <= ks) {
       UNROLL for (int e = 0; e < kChunk; e++) {
         const T* s = src + (k + e) * k_stride;
         for (int i = 0; i < MR; i++) put(s[i * row_stride], dst[i * kChunk + e]);
@@ -179,7 +182,7 @@ template <int W> inline void transpose_words(uint32_t* dst, int64_t ld, const ui
 }
 
 // A panel holds `width` columns: unit (k, n) at k * width + n, where a unit is P consecutive k; zeros beyond `ks` and `ns`.
-template <class T, class E, int P> void pack_panel(E* dst, const T* src, int64_t ks, int64_t padded_k, int64_t ns, int width, int64_t k_stride, int64_t n_stride) {
+template <class T, class E, int P, int width> void pack_panel(E* dst, const T* src, int64_t ks, int64_t padded_k, int64_t ns, int64_t k_stride, int64_t n_stride) {
   const E zero{};
   if constexpr (sizeof(E) * P == 4 && sizeof(T) == sizeof(E)) {  // words: float, or a pair of bf16 that stands together along k
     if (k_stride == 1 && ns >= width && width % 8 == 0 && ks >= padded_k) {

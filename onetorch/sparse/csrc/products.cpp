@@ -3,8 +3,9 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// The dense operand is packed once into tiles; the blocks of a column are packed (transposed, converted, cleared beyond the edge) by the thread that uses them.
-// Threads take columns dynamically. Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// A thread packs a panel of tokens into tiles that stay in its second-level cache, and takes all columns past it; the values are packed (transposed, converted,
+// cleared beyond the edge) once for all panels. With few tokens nothing of the values is packed: `few` and `some`. Threads take panels dynamically.
+// Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -56,13 +57,64 @@ void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, i
   }
 }
 
-// Takes the problem if it is one for `few`.
+// Some tens of rows of X against the transposed matrix of whole blocks: the values are read where they stand, none is packed, and tokens run across the lanes. A lane
+// takes S units of k at a time, so that 8 tokens fill 16 lanes: acc[i][lane] sums the products of output i with the token lane / S over every S-th unit.
+template <class T, int VW, int NV, int S, int ROWS>
+void some(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  using Word = std::conditional_t<S == 2, uint64_t, U>;  // S units
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S;
+  static_assert(sizeof(Word) == S * sizeof(U), "a word is S units");
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, ahead = std::max<int64_t>(1, 8192 / (ROWS * bk * int64_t(sizeof(T))));  // blocks: the way to memory takes as long
+  Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t k = 0; k < K; k += chunk)
+      for (int64_t t = 0; t < TOKENS; t++) {
+        T* to = X.data + g * TOKENS * K + k * TOKENS + t * chunk;
+        const T* from = x + (g * TOKENS + t) * xm + k * xk;
+        if (g * TOKENS + t >= M) std::fill(to, to + chunk, T{});
+        else UNROLL for (int e = 0; e < chunk; e++) to[e] = from[e * xk];
+      }
+  PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
+  for (int64_t c = 0; c < side.C; c++) {
+    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, lda = bk / chunk;
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t line = 0; line < bn; line += ROWS) {
+        vec<Acc, VW> acc[ROWS][NV];
+        UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; }
+        for (int64_t t = 0; t < n; t++) {
+          const Word* values = reinterpret_cast<const Word*>(w + ((first + t) * bn + line) * bk);
+          const T* tokens = X.data + g * TOKENS * K + side.rows[first + t] * bk * TOKENS;
+          for (int64_t e = 0; g == 0 && e < ROWS * bk; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + ((first + t + ahead) * bn + line) * bk + e);
+          for (int64_t k = 0; k < lda; k++, tokens += TOKENS * chunk) {
+            const Word* at[ROWS / 4];  // few addresses for many rows
+            UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
+            vec<U, VW> v[NV];
+            UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW * Mode<T>::P);
+            UNROLL for (int i = 0; i < ROWS; i++) {
+              const vec<Word, VW / S> u = vec<Word, VW / S>{} + at[i / 4][(i % 4) * lda];
+              UNROLL for (int j = 0; j < NV; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], (vec<U, VW>)u, v[j]);
+            }
+          }
+        }
+        for (int64_t t = 0; t < std::min<int64_t>(TOKENS, M - g * TOKENS); t++)
+          for (int i = 0; i < ROWS; i++) {
+            const Acc* lanes = reinterpret_cast<const Acc*>(&acc[i][0]) + t * S;
+            Acc sum = bias ? Acc(widen(bias[c * bn + line + i])) : Acc(0);
+            for (int e = 0; e < S; e++) sum += lanes[e];
+            narrow(sum, y[(g * TOKENS + t) * N + c * bn + line + i]);
+          }
+      }
+  }
+}
+
+// Takes the problem if it is one for `few` or `some`.
 template <class T>
 bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, int64_t wk, Side side, const T* bias, T* y, int64_t N, int threads) {
-  using E = typename Mode<T>::E;
+  using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   if constexpr (std::is_same<T, E>::value) {
-    constexpr int full = kVectorBytes / int(sizeof(typename Mode<T>::Acc)), P = Mode<T>::P;
-    if (G != 1 || H != 1 || M > 8 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
+    constexpr int full = kVectorBytes / int(sizeof(Acc)), P = Mode<T>::P;
+    if (G != 1 || H != 1 || M > 64 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
     auto run = [&](auto width) {
       constexpr int VW = width();
       if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
@@ -71,10 +123,31 @@ bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm,
       else few<T, VW, 8, 2>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       return true;
     };
+    constexpr int S = full == 16 ? 2 : 1;
+    if (M > (bk % (full * P) ? 2 : 4) && bk % (S * P) == 0) {
+      if (M * S <= full && bn % 16 == 0) some<T, full, 1, S, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else if (M <= full && bn % 16 == 0) some<T, full, 1, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else some<T, full, 2, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      return true;
+    }
+    if (M > 8) return false;
     if (bk % (full * P) == 0) return run(std::integral_constant<int, full>{});
     if constexpr (full > 8) { if (bk % (8 * P) == 0) return run(std::integral_constant<int, 8>{}); }
   }
   return false;
+}
+
+// The blocks of X that are used, numbered from 0 in each head: `place[h * R + r]`, -1 where unused. Returns the most that a head uses.
+inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
+  std::fill(place, place + H * side.R, -1);
+  for (int64_t t = 0; t < side.offsets[H * side.C]; t++) place[side.rows[t]] = 0;
+  int64_t most = 0;
+  for (int64_t h = 0; h < H; h++) {
+    int32_t count = 0;
+    for (int64_t r = h * side.R; r < (h + 1) * side.R; r++) if (place[r] == 0) place[r] = count++;
+    most = std::max<int64_t>(most, count);
+  }
+  return most;
 }
 
 template <class T, int VW, int NV>
@@ -82,66 +155,93 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
          const T* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using E = typename Mode<T>::E; using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   constexpr int P = Mode<T>::P, NR = VW * NV;
-  constexpr int64_t kResident = 16384;  // bytes of a panel that stay in the first-level cache while all tiles pass over it
-  const int64_t tiles = (M + MR - 1) / MR, padded = side.R * bk, columns = G * H * side.C;
-  const int64_t slice = std::max<int64_t>(1, kResident / int64_t(bk * NR * sizeof(E)));  // blocks per pass
-  int64_t most = 0;
+  constexpr int64_t kPanel = 512 << 10;  // bytes of packed tokens that stay in the second-level cache while all columns pass over them
+  constexpr int64_t kResident = 32768;   // bytes of packed values that stay in the first-level cache while the tiles of a panel pass over them
+  const int64_t tiles = (M + MR - 1) / MR, kept = side.offsets[H * side.C], sets = wg ? G : 1;
+  int64_t most = 0;  // blocks of a column
   for (int64_t c = 0; c < H * side.C; c++) most = std::max<int64_t>(most, side.offsets[c + 1] - side.offsets[c]);
-  // A task is a block column for a range of tiles; tiles are split only where there are too few columns to keep the threads busy.
-  const int64_t splits = std::min(tiles, std::max<int64_t>(1, (4 * threads - 1) / columns + 1)), group = (tiles + splits - 1) / splits;
-  Buffer<E> X(G * H * tiles * padded * MR), W(threads * most * bk * bn);
+  Buffer<int32_t> place(H * side.R);
+  const int64_t depth = std::max<int64_t>(1, number_used(side, H, place.data)) * bk;  // of a packed tile
+  // A task is a panel of tiles, for all columns; for some of them only where there are fewer panels than threads.
+  int64_t panels = std::max<int64_t>(1, tiles / std::max<int64_t>(1, kPanel / int64_t(depth * MR * sizeof(E)))), splits = 1;
+  if (G * H * panels < threads) splits = std::min(side.C, 2 * threads / (G * H * panels));
+  else while (G * H * panels % threads && panels < tiles) panels++;
+  const int64_t group = (tiles + panels - 1) / panels;
+  const bool shared = G * panels > sets && sets * kept * bk * bn * sizeof(E) <= Scratch::kLargest;  // values packed once for all panels, or by each task
+  const int64_t own = shared ? 0 : most * bk * bn;
+  Buffer<E> X(threads * group * depth * MR), W(shared ? sets * kept * bk * bn : threads * own);
   Buffer<Acc> S(threads * group * MR * NR);
+  auto pack_column = [&](E* to, int64_t set, int64_t column) {
+    const int64_t first = side.offsets[column], n = side.offsets[column + 1] - first;
+    for (int64_t strip = 0; strip < bn; strip += NR)
+      for (int64_t t = 0; t < n; t++, to += bk * NR) {
+        const int64_t block = side.order ? side.order[first + t] : first + t, k0 = side.rows[first + t] % side.R * bk, n0 = column % side.C * bn + strip;
+        if (t + 1 < n) {  // the next block's values, which may be far from these
+          const T* next = w + set * wg + (side.order ? side.order[first + t + 1] : first + t + 1) * bk * bn + strip * wn;
+          const int64_t lines = wk == 1 ? 1 : bk, length = wk == 1 ? NR * wn : NR;
+          for (int64_t k = 0; k < lines; k++)
+            for (int64_t e = 0; e < length; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + k * wk + e);
+        }
+        if (n0 < N) pack_panel<T, E, P, NR>(to, w + set * wg + block * bk * bn + strip * wn, std::min(bk, K - k0), bk, N - n0, wk, wn);
+      }
+  };
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
-    E* panel = W.data + thread_index() * most * bk * bn;
+    E* packed = X.data + thread_index() * group * depth * MR;
     Acc* sums = S.data + thread_index() * group * MR * NR;
-    PRAGMA(omp for schedule(static))
-    for (int64_t p = 0; p < G * H * tiles; p++) {
-      int64_t gh = p / tiles, m = p % tiles * MR;
-      pack_tile<T, E>(X.data + p * padded * MR, x + gh / H * xg + gh % H * xh + m * xm, std::min<int64_t>(MR, M - m), K, padded, xm, xk);
+    if (shared) {
+      PRAGMA(omp for schedule(dynamic, 1))
+      for (int64_t q = 0; q < sets * H * side.C; q++) pack_column(W.data + (q / (H * side.C) * kept + side.offsets[q % (H * side.C)]) * bk * bn, q / (H * side.C), q % (H * side.C));
     }
     PRAGMA(omp for schedule(dynamic, 1))
-    for (int64_t q = 0; q < columns * splits; q++) {
-      const int64_t gh = q / splits / side.C, c = q / splits % side.C, begin = q % splits * group, end = std::min(tiles, begin + group);
-      const int64_t column = gh % H * side.C + c, first = side.offsets[column], n = side.offsets[column + 1] - first;
-      const int32_t* rows = side.rows + first;
-      const int64_t base = gh % H * side.R;
-      const T* values = w + gh / H * wg;
-      const bool sparse = 4 * n <= side.R;
-      for (int64_t strip = 0; strip < bn; strip += NR) {
-        const int64_t n0 = c * bn + strip, valid = N - n0;
-        if (valid <= 0) break;
-        for (int64_t t = 0; t < n; t++)
-          pack_panel<T, E, P>(panel + t * bk * NR, values + (side.order ? side.order[first + t] : first + t) * bk * bn + strip * wn, std::min(bk, K - (rows[t] - base) * bk), bk, valid, NR, wk, wn);
-        for (int64_t t0 = 0; t0 == 0 || t0 < n; t0 += slice) {
-          const bool last = t0 + slice >= n;
-          const U* wp = reinterpret_cast<const U*>(panel + t0 * bk * NR);
-          for (int64_t tile = begin; tile < end; tile++) {
-            const U* xp = reinterpret_cast<const U*>(X.data + (gh * tiles + tile) * padded * MR);
-            T* out = y + (gh * M + tile * MR) * N + n0;
-            Acc* partial = sums + (tile - begin) * MR * NR;
-            const int64_t left = M - tile * MR;
-            if (sparse && tile + 1 < end)  // few blocks far apart: the hardware does not foresee where the next tile is read
-              for (int64_t t = 0; t < std::min(slice, n - t0); t++) {
-                const char* next = reinterpret_cast<const char*>(xp) + (padded + (rows[t0 + t] - base) * bk) * MR * sizeof(E);
-                for (int64_t e = 0; e < int64_t(bk * MR * sizeof(E)); e += 64) __builtin_prefetch(next + e, 0, 2);
-              }
-            if (last)  // the lines to be written arrive while the products run
-              for (int64_t i = 0; i < std::min<int64_t>(MR, left); i++)
-                for (int64_t e = 0; e < NR; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + i * N + e, 1);
-            micro<U, Acc, VW, MR, NV, kChunk / P>(
-                std::min(slice, n - t0), bk / P, t0 ? partial : nullptr, NR,
-                [&](int64_t t, const U*& a, const U*& b) { a = xp + (rows[t0 + t] - base) * (bk / P * MR); b = wp + t * (bk / P * NR); },
-                [&](int i, int j, vec<Acc, VW> v) {
-                  if (!last) { std::memcpy(partial + i * NR + j * VW, &v, sizeof(v)); return; }
-                  if (i >= left) return;
-                  if (bias) for (int e = 0; e < VW && j * VW + e < valid; e++) v[e] += widen(bias[n0 + j * VW + e]);
-                  emit<Acc, T, VW>(out + i * N + j * VW, v, valid - j * VW);
-                });
+    for (int64_t q = 0; q < G * H * panels * splits; q++) {
+      const int64_t gh = q / splits / panels, g = gh / H, h = gh % H, panel = q / splits % panels, split = q % splits;
+      const int64_t begin = panel * tiles / panels, end = (panel + 1) * tiles / panels;
+      for (int64_t tile = begin; tile < end; tile++)
+        for (int64_t r = 0; r < side.R; r++)
+          if (place.data[h * side.R + r] >= 0)
+            pack_tile<T, E>(packed + ((tile - begin) * depth + place.data[h * side.R + r] * bk) * MR, x + g * xg + h * xh + tile * MR * xm + r * bk * xk,
+                            std::min<int64_t>(MR, M - tile * MR), std::min(bk, K - r * bk), bk, xm, xk);
+      for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
+        const int64_t column = h * side.C + c, first = side.offsets[column], n = side.offsets[column + 1] - first;
+        const int32_t* rows = side.rows + first;
+        const E* values = W.data + (shared ? ((wg ? g : 0) * kept + first) * bk * bn : thread_index() * own);
+        if (!shared) pack_column(W.data + thread_index() * own, wg ? g : 0, column);
+        const int64_t slice = std::max<int64_t>(1, kResident / int64_t(bk * NR * sizeof(E)));  // blocks per pass
+        for (int64_t strip = 0; strip < bn; strip += NR, values += n * bk * NR) {
+          const int64_t n0 = c * bn + strip, valid = N - n0;
+          if (valid <= 0) break;
+          for (int64_t t0 = 0; t0 == 0 || t0 < n; t0 += slice) {
+            const bool last = t0 + slice >= n;
+            const U* wp = reinterpret_cast<const U*>(values + t0 * bk * NR);
+            for (int64_t tile = begin; tile < end; tile++) {
+              const U* xp = reinterpret_cast<const U*>(packed + (tile - begin) * depth * MR);
+              T* out = y + (gh * M + tile * MR) * N + n0;
+              Acc* partial = sums + (tile - begin) * MR * NR;
+              const int64_t left = M - tile * MR;
+              micro<U, Acc, VW, MR, NV, kChunk / P>(
+                  std::min(slice, n - t0), bk / P, t0 ? partial : nullptr, NR,
+                  [&](int64_t t, const U*& a, const U*& b) { a = xp + place.data[rows[t0 + t]] * (bk / P * MR); b = wp + t * (bk / P * NR); },
+                  [&](int i, int j, vec<Acc, VW> v) {
+                    if (!last) { std::memcpy(partial + i * NR + j * VW, &v, sizeof(v)); return; }
+                    if (i >= left) return;
+                    if (bias) for (int e = 0; e < VW && j * VW + e < valid; e++) v[e] += widen(bias[n0 + j * VW + e]);
+                    emit<Acc, T, VW>(out + i * N + j * VW, v, valid - j * VW);
+                  });
+            }
           }
         }
       }
     }
   }
+}
+
+// A block of an operand of sdd as panels of WIDTH columns, each `padded` deep. Some tokens at a time, so that whole lines of the source are used while they are near.
+template <class T, class E, int P, int WIDTH>
+void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t columns, int64_t block, int64_t k_stride, int64_t n_stride) {
+  constexpr int64_t kTokens = 16;
+  for (int64_t k = 0; k < padded; k += kTokens)
+    for (int64_t n = 0; n < block; n += WIDTH)
+      pack_panel<T, E, P, WIDTH>(dst + (n * padded + k * WIDTH), src + k * k_stride + n * n_stride, depth - k, std::min(kTokens, padded - k), columns - n, k_stride, n_stride);
 }
 
 template <class T, int VW, int NV, int ROWS>
@@ -151,43 +251,54 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
   using E = typename Mode<T>::E; using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   constexpr int P = Mode<T>::P, NR = VW * NV;
   constexpr int64_t kSlice = 512;  // tokens per pass: one panel of each operand stays in the second-level cache
-  const int64_t padded = (K + P - 1) / P * P, mp = R * block_m, np = C * block_n;
-  Buffer<E> A(G * H * mp * padded), B(G * H * np * padded);
+  const int64_t padded = (K + P - 1) / P * P, a_size = block_m * padded, b_size = block_n * padded, sums_of = reduce ? G : 1, blocks = (reduce ? 1 : G) * kept;
+  // Kept blocks come row by row: a thread packs a block row of A when it comes to it. The columns of B are packed beforehand where each serves several blocks, else likewise.
+  const bool share_a = sums_of > 1, share_b = share_a || kept > 2 * H * C;
+  Buffer<E> A((share_a ? G * H * R : threads) * a_size), B((share_b ? G * H * C : threads) * b_size);
+  Buffer<uint8_t> used(H * C);
+  std::fill(used.data, used.data + H * C, uint8_t(0));
+  for (int64_t p = 0; p < kept; p++) used.data[rows[p] / R * C + columns[p] % C] = 1;
+  auto pack_a = [&](E* to, int64_t g, int64_t h, int64_t r) { pack_block<T, E, P, ROWS>(to, a + g * ag + h * ah + r * block_m * am, K, padded, M - r * block_m, block_m, ak, am); };
+  auto pack_b = [&](E* to, int64_t g, int64_t h, int64_t c) { pack_block<T, E, P, NR>(to, b + g * bg + h * bh + c * block_n * bn, K, padded, N - c * block_n, block_n, bk, bn); };
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
-    PRAGMA(omp for schedule(static) nowait)
-    for (int64_t q = 0; q < G * H * (mp / ROWS); q++) {
-      int64_t gh = q / (mp / ROWS), m = q % (mp / ROWS) * ROWS;
-      pack_panel<T, E, P>(A.data + q * ROWS * padded, a + gh / H * ag + gh % H * ah + m * am, K, padded, M - m, ROWS, ak, am);
+    if (share_a) {
+      PRAGMA(omp for schedule(dynamic, 1) nowait)
+      for (int64_t q = 0; q < G * H * R; q++) pack_a(A.data + q * a_size, q / R / H, q / R % H, q % R);
     }
-    PRAGMA(omp for schedule(static))
-    for (int64_t q = 0; q < G * H * (np / NR); q++) {
-      int64_t gh = q / (np / NR), n = q % (np / NR) * NR;
-      pack_panel<T, E, P>(B.data + q * NR * padded, b + gh / H * bg + gh % H * bh + n * bn, K, padded, N - n, NR, bk, bn);
+    if (share_b) {
+      PRAGMA(omp for schedule(dynamic, 1))
+      for (int64_t q = 0; q < G * H * C; q++) if (used.data[q % (H * C)]) pack_b(B.data + q * b_size, q / C / H, q / C % H, q % C);
     }
+    int64_t row_at = -1;
     Acc sums[128 * 128];
-    PRAGMA(omp for schedule(dynamic, 1))
-    for (int64_t q = 0; q < (reduce ? 1 : G) * kept; q++) {
+    PRAGMA(omp for schedule(dynamic, std::max<int64_t>(1, blocks / (threads * 16))))
+    for (int64_t q = 0; q < blocks; q++) {
       const int64_t p = q % kept, h = rows[p] / R, r = rows[p] % R, c = columns[p] % C;
       T* o = out + q * block_m * block_n;
-      const int64_t g0 = reduce ? 0 : q / kept, g1 = reduce ? G : g0 + 1;
       std::fill(sums, sums + block_m * block_n, Acc(0));
-      for (int64_t g = g0; g < g1; g++)
+      for (int64_t g = q / kept; g < q / kept + sums_of; g++) {
+        const int64_t row = g * H * R + rows[p], column = (g * H + h) * C + c;
+        E *left = A.data + (share_a ? row : thread_index()) * a_size, *right = B.data + (share_b ? column : thread_index()) * b_size;
+        if (!share_a && row != row_at) pack_a(left, g, h, r);
+        if (!share_b) pack_b(right, g, h, c);
+        row_at = row;
         for (int64_t k = 0; k < padded; k += kSlice) {
           const int64_t units = std::min(kSlice, padded - k) / P;
           for (int64_t n = 0; n < block_n; n += NR) {
-            const U* bp = reinterpret_cast<const U*>(B.data + ((g * H + h) * np + c * block_n + n) * padded + k * NR);
+            const U* bp = reinterpret_cast<const U*>(right + n * padded + k * NR);
             for (int64_t m = 0; m < block_m; m += ROWS) {
-              const U* ap = reinterpret_cast<const U*>(A.data + ((g * H + h) * mp + r * block_m + m) * padded + k * ROWS);
+              const U* ap = reinterpret_cast<const U*>(left + m * padded + k * ROWS);
               Acc* s = sums + m * block_n + n;
               micro<U, Acc, VW, ROWS, NV, 1>(1, units, s, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
                                              [&](int i, int j, vec<Acc, VW> v) { std::memcpy(s + i * block_n + j * VW, &v, sizeof(v)); });
             }
           }
         }
+      }
       const int64_t rows_in = std::min(block_m, M - r * block_m), columns_in = std::min(block_n, N - c * block_n);
       if (rows_in < block_m || columns_in < block_n)  // an infinity times the padding would be NaN
         for (int64_t i = 0; i < block_m; i++) std::fill(sums + i * block_n + (i < rows_in ? columns_in : 0), sums + (i + 1) * block_n, Acc(0));
-      for (int64_t i = 0; i < block_m * block_n; i++) narrow(sums[i], o[i]);
+      for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(o + i, load<vec<Acc, VW>>(sums + i), VW);
     }
   }
 }
