@@ -69,11 +69,11 @@ class Config:
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
     double: bool = True  # double Q-learning
     dueling: bool = False  # dueling streams
-    n_step: int = 1  # n, rewards added up before a value follows
+    n_step: int = 3  # n, rewards added up before a value follows
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
-    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, ReLU between them
+    hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
