@@ -24,10 +24,11 @@ from onetorch.runs import provenance
 from onetorch.runs.run import Run
 
 HERE = Path(__file__).resolve()
+MUON = {"optimizer": "muon", "lr_matrix": 0.04, "lr_embedding": 0.1, "lr_head": 0.01, "clip": None}
 RUNGS: list[tuple[str, dict[str, Any]]] = [
     ("nanoGPT's sizes, batches, Adam and cosine", {}),
     ("bfloat16 where this machine is faster with it", {}),
-    ("Muon for the matrices, a rate for each kind of weight", {"optimizer": "muon", "lr_matrix": 0.04, "lr_embedding": 0.1, "lr_head": 0.01, "clip": None}),
+    ("Muon for the matrices, a rate for each kind of weight, 600 steps", {"steps": 600, **MUON}),
     ("batches of 24, 140 steps, the rate constant and then down", {"batch": 24, "steps": 140, "schedule": "wsd", "warmup": 5, "lr_floor": 0.0}),
     ("three layers", {"layers": 3}),
     ("embeddings of 2-, 3- and 4-grams, two layers, 80 steps", {"layers": 2, "steps": 80, "ngram_orders": (2, 3, 4), "ngram_rows": 10_000}),
@@ -84,10 +85,10 @@ def main() -> None:
         reached = "never" if r["reached"] is None else f"{r['reached']:.1f} CPU-s"
         end = f"end: {r['loss']:.4f} after {r['seconds']:.1f} CPU-s, {r['parameters']:,} parameters"
         print(f"{name:60}  to {arguments.target}: {reached:>11}  {end}", flush=True)
-    hardware = {name: value for name, value in provenance.hardware().items() if name != "host"}
-    result = {"target": arguments.target, "seed": arguments.seed, "rows": rows, "hardware": hardware, "versions": provenance.versions()}
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n", encoding="utf-8")
+        hardware = {name: value for name, value in provenance.hardware().items() if name != "host"}
+        result = {"target": arguments.target, "seed": arguments.seed, "rows": rows, "hardware": hardware, "versions": provenance.versions()}
+        arguments.out.parent.mkdir(exist_ok=True)
+        arguments.out.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def ours(kind: str, text: Path, seed: int, threads: int) -> dict[str, Any]:
     from onetorch.generative import data, gpt
     from onetorch.runs.run import Run
 
-    config = dataclasses.replace(recipes.find("gpt-shakespeare")(), data=text, seed=seed, eval_every=10**9, **RECIPE[kind])
+    config = dataclasses.replace(recipes.find("gpt-shakespeare")(), data=text, seed=seed, eval_every=10**9, eval_samples=0, **RECIPE[kind])
     evaluating = {"cpu": 0.0, "wall": 0.0}
 
     def timed(evaluate: Any) -> Any:

@@ -35,7 +35,8 @@ class Splits(NamedTuple):
 def read(path: Path | None) -> Text:
     """All bytes of a text file, or of the text files under a folder joined in the order of their paths; None is the source of Python's standard library.
 
-    In a folder, hidden files and folders and files that hold a zero byte (they are no text) are left out.
+    A file is mapped and not read into memory. Of an `.npy` of uint8 these are the numbers in their order: images (N, H, W) as a sequence of pixels, row by
+    row, a window beginning anywhere. In a folder, hidden files and folders and files that hold a zero byte (they are no text) are left out.
     Raises UsageError naming the path when it is missing, cannot be read or holds no text.
     """
     if path is None:
@@ -47,12 +48,23 @@ def read(path: Path | None) -> Text:
             return _join(_files(path), path, "no text stands in this folder")
         if not path.exists():
             raise UsageError(f"data {path}: there is no such file or folder")
-        text = np.fromfile(path, dtype=np.uint8)
+        if not path.stat().st_size:
+            raise UsageError(f"data {path}: the file is empty")
+        if path.suffix == ".npy":
+            return _array(path)
+        return np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise UsageError(f"data {path} cannot be read: {error.strerror}") from error
-    if not text.size:
-        raise UsageError(f"data {path}: the file is empty")
-    return text
+
+
+def _array(path: Path) -> Text:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"data {path} cannot be read: {' '.join(str(error).split())}") from error
+    if array.dtype != np.uint8:
+        raise UsageError(f"data {path}: expected an array of uint8, got {array.dtype}")
+    return np.asarray(array).reshape(-1)
 
 
 def _files(folder: Path, left_out: tuple[str, ...] = ()) -> list[Path]:

@@ -26,28 +26,35 @@ SPINNINGUP: dict[str, Any] = {
 }  # fmt: skip
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 6,220 after 1,000,000 steps (5,410 to 6,780 over 3 seeds), 100 CPU-s on one core")
 def ppo_halfcheetah(Config: Any) -> Any:
     """PPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="HalfCheetah-v5", **PPO_MUJOCO)
+    return Config(env="HalfCheetah-v5", **PPO_MUJOCO | {"log_std": -1.0})  # with -0.7: 5,440 to 6,080
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 2,790 after 1,000,000 steps (one seed), 190 CPU-s on one core")
 def ppo_hopper(Config: Any) -> Any:
     """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Hopper-v5", **PPO_MUJOCO)
+    return Config(env="Hopper-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return 3,860 after 1,000,000 steps (one seed), 240 CPU-s on one core")
 def ppo_walker2d(Config: Any) -> Any:
     """PPO on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="Walker2d-v5", **PPO_MUJOCO)
+    return Config(env="Walker2d-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
 @recipe("ppo", reaches="")
 def ppo_acrobot(Config: Any) -> Any:
-    """PPO on Acrobot-v1."""
-    return Config(env="Acrobot-v1", total_steps=1_000_000, lr=1e-3, lam=0.95, normalize_obs=True)
+    """PPO on Acrobot-v1.
+
+    Until the tip is first swung up every reward is the same, and a policy that moves fast settles on noise before that: a smaller step and whole episodes in
+    the batch, not 64 steps of each of 64 environments.
+    """
+    return Config(
+        env="Acrobot-v1", total_steps=1_000_000, num_envs=16, batch_size=4096, epochs=4, minibatches=64, lr=3e-4, lam=0.94, clip=0.2, normalize_obs=True,
+        activation="tanh",
+    )  # fmt: skip
 
 
 @recipe("ppo", reaches="")
@@ -56,7 +63,7 @@ def ppo_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, lr=3e-4, epochs=80, minibatches=1, clip=0.2, target_kl=0.015, anneal=False, max_grad_norm=None)
 
 
-@recipe("trpo", reaches="")
+@recipe("trpo", reaches="mean return 5,540 after 1,000,000 steps (one seed), 100 CPU-s on one core")
 def trpo_halfcheetah(Config: Any) -> Any:
     """TRPO on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **TRPO_MUJOCO)
@@ -68,7 +75,7 @@ def trpo_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, delta=0.01, damping=0.1, cg_steps=10, backtracks=10, backtrack=0.8, value_epochs=80, value_minibatches=1)
 
 
-@recipe("vpg", reaches="")
+@recipe("vpg", reaches="mean return 4,780 after 1,000,000 steps (one seed), 80 CPU-s on one core")
 def vpg_halfcheetah(Config: Any) -> Any:
     """Vanilla policy gradient on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **MUJOCO | {"num_envs": 8, "batch_size": 2048}, lr=3e-3)
@@ -78,3 +85,52 @@ def vpg_halfcheetah(Config: Any) -> Any:
 def vpg_spinningup(Config: Any) -> Any:
     """Vanilla policy gradient with Spinning Up's own hyper-parameters."""
     return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)
+
+
+# Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.
+SPINNINGUP_REPLAY: dict[str, Any] = {
+    "env": "HalfCheetah-v5", "total_steps": 400_000, "random_steps": 10_000, "update_after": 1000, "update_every": 50, "batch_size": 100, "lr": 1e-3,
+    "log_every": 4000,
+}  # fmt: skip
+
+
+@recipe("sac", reaches="mean return -137 on Pendulum-v1 after 20,000 steps, 130 CPU-s on one core")
+def sac(Config: Any) -> Any:
+    """Soft Actor-Critic with twin critics and a learned temperature, Haarnoja et al. 2018, arXiv:1812.05905."""
+    return Config()
+
+
+@recipe("sac", reaches="mean return 4,490 after 96,600 of its steps, 660 CPU-s on one core (one seed)")
+def sac_halfcheetah(Config: Any) -> Any:
+    """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", total_steps=1_000_000, random_steps=10_000, lr=3e-4, log_every=5000)
+
+
+@recipe("sac", reaches="")
+def sac_spinningup(Config: Any) -> Any:
+    """SAC with Spinning Up's own hyper-parameters: the temperature is fixed at 0.2."""
+    return Config(**SPINNINGUP_REPLAY, alpha=0.2)
+
+
+@recipe("td3", reaches="")
+def td3(Config: Any) -> Any:
+    """Twin Delayed DDPG, Fujimoto et al. 2018, arXiv:1802.09477."""
+    return Config()
+
+
+@recipe("td3", reaches="")
+def td3_spinningup(Config: Any) -> Any:
+    """TD3 with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP_REPLAY)
+
+
+@recipe("ddpg", reaches="")
+def ddpg(Config: Any) -> Any:
+    """Deep Deterministic Policy Gradient, Lillicrap et al. 2015, arXiv:1509.02971."""
+    return Config()
+
+
+@recipe("ddpg", reaches="")
+def ddpg_spinningup(Config: Any) -> Any:
+    """DDPG with Spinning Up's own hyper-parameters."""
+    return Config(**SPINNINGUP_REPLAY)

@@ -168,7 +168,8 @@ class Replay:
         discounts = gamma ** torch.arange(n, device=rows.device, dtype=torch.float32).unsqueeze(1)
         k = taken.sum(0)
         first, last = self.gather(rows), self.gather(window.gather(0, (k - 1).unsqueeze(0)).squeeze(0))
-        batch = Batch(first.obs, first.act, (taken * discounts * reward.view(n, -1)).sum(0), last.next_obs, last.terminated, last.truncated)
+        reward = torch.where(taken, discounts * reward.view(n, -1), 0.0)  # not a product: what has never been written may be NaN
+        batch = Batch(first.obs, first.act, reward.sum(0), last.next_obs, last.terminated, last.truncated)
         return batch, gamma ** k.float()
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,22 +57,23 @@ class Config:
     num_envs: int = 8  # N, environments stepped together
     replay: int = 100_000  # transitions remembered
     update_after: int = 1000  # environment steps before the first update
-    update_every: int = 256  # environment steps between two rounds of updates
-    updates: int = 128  # gradient steps of a round
+    update_every: int = 16  # environment steps between two rounds of updates
+    updates: int = 8  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
-    lr: float = 2.3e-3  # Adam's step size
+    lr: float = 1e-3  # Adam's step size
+    anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
-    target_every: int = 128  # gradient steps between two updates of the target
+    target_every: int = 250  # gradient steps between two updates of the target
     tau: float = 1.0  # how far such an update moves the target: 1 is a copy (Mnih), 0.005 with target_every 1 is Polyak's average (Lillicrap)
     epsilon: float = 0.04  # share of random actions at the end; it begins with 1
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
-    double: bool = False  # double Q-learning
+    double: bool = True  # double Q-learning
     dueling: bool = False  # dueling streams
-    n_step: int = 1  # n, rewards added up before a value follows
+    n_step: int = 3  # n, rewards added up before a value follows
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
-    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, ReLU between them
+    hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
@@ -204,7 +205,7 @@ def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.huber_loss(q, y, weight=weight)
+        loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
         optimizer.zero_grad()
@@ -251,6 +252,7 @@ def train(config: Config, run: Run) -> QNet:
         step = state.iteration * config.update_every  # after this round
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
         epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
+        state.optimizer.param_groups[0]["lr"] = config.lr * (1 - (state.iteration - 1) / total if config.anneal else 1)
         explore(config, state, epsilon, run)
         seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.update_after else {}
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:

@@ -117,54 +117,92 @@ class RunningNorm(nn.Module):
         return ((x - self.mean.float()) / self.std()).clamp(-self.clip, self.clip)
 
 
-class ActorCritic(nn.Module):
-    """A policy pi and a value function v on the same observations, each an MLP of its own.
+class Pixels(nn.Module):
+    """Features of a picture, with the numbers that stand before it: (…, C, H, W) uint8, or (…, vector + C * H * W) with pixels of 0 to 255 -> (…, width).
 
-    Observations (…, D) float32; actions (…,) int64 for Discrete, (…, A) float32 for Box, whose bounds are always [-1, 1] (`envs` maps them onto the
-    environment's own). The standard deviation of Box actions does not depend on the observation. The last layer of pi starts near zero, so that the first
-    policy is nearly uniform (Discrete) or centred (Box): the choice that Andrychowicz et al. 2020, arXiv:2006.05990, found to matter most.
+    Convolutions 3 x 3 of stride 2 with 16, 32, 64, 64, … channels until the shorter side is below 8, so that it fits pictures of any size.
+    """
+
+    def __init__(self, vector: int, image: tuple[int, int, int], activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.vector, self.image = vector, image
+        (channels, *sides), layers = image, list[nn.Module]()
+        while min(sides) >= 8 or not layers:
+            out = min(64, 16 << (len(layers) // 2))
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), activation()]
+            channels, sides = out, [(side + 1) // 2 for side in sides]
+        self.convolutions = nn.Sequential(*layers)
+        self.width = vector + channels * sides[0] * sides[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(-3) if x.shape[-3:] == self.image else x
+        numbers, pixels = x[..., : self.vector], x[..., self.vector :]
+        features = self.convolutions(pixels.reshape(x.shape[:-1].numel(), *self.image) / 255).reshape(*x.shape[:-1], self.width - self.vector)
+        return torch.cat((numbers, features), -1) if self.vector else features
+
+
+class ActorCritic(nn.Module):
+    """A policy pi and a value function v on the same observations, each a net of its own: an MLP, after convolutions where there are pictures.
+
+    Observations are as `envs.Spaces` says. So are actions: (…,) int64 for Discrete, (…, K) int64 for K choices at once, which are independent given the
+    observation, and (…, A) float32 for Box, whose bounds are always [-1, 1] (`envs` maps them onto the environment's own). The standard deviation of Box
+    actions does not depend on the observation. The last layer of pi starts near zero, so that the first policy is nearly uniform (Discrete) or centred (Box):
+    the choice that Andrychowicz et al. 2020, arXiv:2006.05990, found to matter most. Pixels are divided by 255 and never normalised otherwise.
     """
 
     def __init__(self, spaces: Spaces, hidden: Sequence[int], activation: str, normalize_obs: bool = False, log_std: float = 0.0) -> None:
         super().__init__()
-        self.discrete = spaces.discrete
-        self.pi = mlp((spaces.obs_dim, *hidden, spaces.act_dim), ACTIVATIONS[activation], out_gain=0.01)
-        self.v = mlp((spaces.obs_dim, *hidden, 1), ACTIVATIONS[activation])
+        self.discrete, self.act_dim, self.multi = spaces.discrete, spaces.act_dim, spaces.multi
+        self.vector = spaces.obs_dim - math.prod(spaces.image) if spaces.image and spaces.obs_dim else spaces.obs_dim  # numbers that are no pixels
+
+        def net(out: int, gain: float) -> nn.Sequential:
+            if spaces.image is None:
+                return mlp((self.vector, *hidden, out), ACTIVATIONS[activation], gain)
+            pixels = Pixels(self.vector, spaces.image, ACTIVATIONS[activation])
+            return nn.Sequential(pixels, *mlp((pixels.width, *hidden, out), ACTIVATIONS[activation], gain))
+
+        self.pi, self.v = net(spaces.act_dim, 0.01), net(1, 1.0)
         self.log_std = None if spaces.discrete else nn.Parameter(torch.full((spaces.act_dim,), log_std))
-        self.norm = RunningNorm(spaces.obs_dim) if normalize_obs else None
-        self.act_dim = spaces.act_dim
+        self.norm = RunningNorm(self.vector) if normalize_obs and self.vector else None
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All but the critic's."""
         return [*self.pi.parameters(), *([] if self.log_std is None else [self.log_std])]
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """At observations (…, D) as the environment gives them: logits or means of the actions (…, A), and v (…,)."""
+        """At observations as the environment gives them, (…, D) or (…, C, H, W): logits or means of the actions (…, A), and v (…,)."""
         normal = self.normalize(obs)
         return self.pi(normal), self.value(normal)
 
     def noise(self, *shape: int) -> Tensor:
-        """Noise for `act`, (*shape, A): standard Gumbel for Discrete actions, standard normal for Box."""
+        """Noise for `act`, (*shape, A): standard Gumbel for choices, standard normal for Box."""
         return -torch.empty(*shape, self.act_dim).exponential_().log() if self.discrete else torch.randn(*shape, self.act_dim)
 
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
-        """Actions at obs (…, D): drawn from pi by `noise` (…, A), by Gumbel-max for Discrete; the most likely ones where noise is None."""
+        """Actions at obs: drawn from pi by `noise` (…, A), by Gumbel-max for choices; the most likely ones where noise is None."""
         out = self.pi(self.normalize(obs))
         if noise is not None:
             out = out + (noise if self.log_std is None else noise * self.log_std.exp())
+        if self.multi:
+            return torch.stack([part.argmax(-1) for part in out.split(self.multi, -1)], -1)
         return out.argmax(-1) if self.discrete else out
 
     def logp(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(act|obs) and the entropy of pi(.|obs), for *normalised* observations."""
         out = self.pi(obs)
+        if self.multi:
+            parts = [categorical_logp(*part) for part in zip(out.split(self.multi, -1), act.unbind(-1), strict=True)]
+            return torch.stack([logp for logp, _ in parts]).sum(0), torch.stack([entropy for _, entropy in parts]).sum(0)
         return categorical_logp(out, act) if self.log_std is None else gaussian_logp(out, self.log_std, act)
 
     def dist(self, obs: Tensor) -> tuple[Tensor, ...]:
-        """What pi(.|obs) is made of, for *normalised* observations: (logits,) for Discrete, (mean, log_std) for Box; `kl` compares two of them."""
+        """What pi(.|obs) is made of, for *normalised* observations: (logits,) of choices, (mean, log_std) for Box; `kl` compares two of them."""
         return (self.pi(obs),) if self.log_std is None else (self.pi(obs), self.log_std)
 
     def kl(self, p: tuple[Tensor, ...], q: tuple[Tensor, ...]) -> Tensor:
         """KL(p || q) of two policies' `dist` at the same observations (B, D): (B,)."""
+        if self.multi:
+            return torch.stack([categorical_kl(*parts) for parts in zip(*(logits.split(self.multi, -1) for logits in (*p, *q)), strict=True)]).sum(0)
         return categorical_kl(*p, *q) if self.log_std is None else gaussian_kl(*p, *q)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -172,4 +210,13 @@ class ActorCritic(nn.Module):
         return self.v(obs).squeeze(-1)
 
     def normalize(self, obs: Tensor) -> Tensor:
-        return obs if self.norm is None else self.norm(obs)
+        if self.norm is None:
+            return obs
+        if obs.shape[-1] == self.vector:
+            return self.norm(obs)
+        return torch.cat((self.norm(obs[..., : self.vector]), obs[..., self.vector :]), -1)
+
+    def observe(self, obs: Tensor) -> None:
+        """More observations (B, …) as the environment gives them, for the moments by which they are normalised, where they are."""
+        if self.norm is not None:
+            self.norm.update(obs[..., : self.vector])

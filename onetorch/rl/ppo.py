@@ -8,7 +8,7 @@ moved away from the old one by more than a factor 1 ± eps:
 | symbol      | shape        | meaning                                                                          |
 |-------------|--------------|----------------------------------------------------------------------------------|
 | obs         | (T, N, D)    | observations of N environments for T steps, normalised where normalize_obs       |
-| act         | (T, N[, A])  | actions: (T, N) int64 for Discrete, (T, N, A) float32 for Box                    |
+| act         | (T, N[, A])  | actions: (T, N) int64 for Discrete, (T, N, K) of K choices, (T, N, A) for Box    |
 | logp        | (T, N)       | log pi_old(a|s), under the policy that acted                                     |
 | reward      | (T, N)       | rewards, scaled where normalize_reward                                           |
 | value       | (T, N)       | V(s_t) by the critic that stood when the batch was collected                     |
@@ -35,14 +35,14 @@ from torch import Tensor
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.nets import ActorCritic, flat_parameters
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "CartPole-v1"  # Gymnasium environment with Box observations and Box or Discrete actions
+    env: str = "CartPole-v1"  # Gymnasium environment
     seed: int = 0  # of weights, actions, minibatches and environments
     total_steps: int = 300_000  # environment steps, all environments together
     num_envs: int = 0  # N, environments stepped together; 0: the speed plan chooses
@@ -60,6 +60,7 @@ class Config:
     entropy_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm
     target_kl: float | None = None  # end the epochs of an iteration once KL(pi_old, pi) is above this
+    frame_stack: int = 1  # an observation is the last so many
     normalize_obs: bool = False  # observations by their running mean and standard deviation
     normalize_reward: bool = True  # rewards by the running standard deviation of the discounted return
     hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of pi and of v
@@ -67,7 +68,7 @@ class Config:
     log_std: float = 0.0  # logarithm of the standard deviation of Box actions at the start
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "epochs", "minibatches"):
+        for name in ("total_steps", "batch_size", "frame_stack", "epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "target_kl"):
@@ -98,13 +99,17 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, multi=True, images=True)
+
+
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(environments.spaces(config.env), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations for the module to answer, when it is shared."""
+    return example_obs(spaces(config), 8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:
@@ -113,7 +118,7 @@ def begin(config: Config, num_envs: int, backend: str) -> State:
     groups = [model.parameters()] if config.value_lr is None else [model.policy_parameters(), model.v.parameters()]
     optimizer = torch.optim.Adam([{"params": [flat_parameters(list(params))]} for params in groups], lr=config.lr, eps=1e-5, fused=True)
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
-    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), reward_norm)
+    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
 
 
 def policy_loss(log_ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
@@ -193,8 +198,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, 1 - (state.iteration - 1) / total if config.anneal else 1.0, run)
-        if state.model.norm is not None:
-            state.model.norm.update(batch["raw"])
+        state.model.observe(batch["raw"])
         run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
@@ -214,4 +218,4 @@ def evaluate(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

@@ -11,7 +11,7 @@ search then shortens the step until the true divergence is within delta and the 
 | symbol      | shape        | meaning                                                                          |
 |-------------|--------------|----------------------------------------------------------------------------------|
 | obs         | (B, D)       | observations of N environments for T steps, B = T N, normalised where configured |
-| act         | (B[, A])     | actions: (B,) int64 for Discrete, (B, A) float32 for Box                         |
+| act         | (B[, A])     | actions: (B,) int64 for Discrete, (B, K) of K choices, (B, A) float32 for Box     |
 | logp        | (B,)         | log pi_old(a|s), under the policy that acted                                     |
 | adv         | (B,)         | advantages by GAE, of unit variance                                              |
 | ret         | (B,)         | lambda-returns, the critic's target                                              |
@@ -35,14 +35,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.nets import ActorCritic
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, fit_value
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "CartPole-v1"  # Gymnasium environment with Box observations and Box or Discrete actions
+    env: str = "CartPole-v1"  # Gymnasium environment
     seed: int = 0  # of weights, actions, minibatches and environments
     total_steps: int = 300_000  # environment steps, all environments together
     num_envs: int = 0  # N, environments stepped together; 0: the speed plan chooses
@@ -58,6 +58,7 @@ class Config:
     value_minibatches: int = 8  # its gradient steps per pass
     gamma: float = 0.99  # discount
     lam: float = 0.97  # lambda of GAE: 0 is one-step, 1 is Monte Carlo
+    frame_stack: int = 1  # an observation is the last so many
     normalize_obs: bool = False  # observations by their running mean and standard deviation
     normalize_reward: bool = True  # rewards by the running standard deviation of the discounted return
     hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of pi and of v
@@ -65,7 +66,7 @@ class Config:
     log_std: float = -0.5  # logarithm of the standard deviation of Box actions at the start
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "backtracks", "cg_steps", "value_epochs", "value_minibatches"):
+        for name in ("total_steps", "batch_size", "frame_stack", "backtracks", "cg_steps", "value_epochs", "value_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("delta", "value_lr"):
@@ -97,13 +98,17 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, multi=True, images=True)
+
+
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(environments.spaces(config.env), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations for the module to answer, when it is shared."""
+    return example_obs(spaces(config), 8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:
@@ -111,7 +116,7 @@ def begin(config: Config, num_envs: int, backend: str) -> State:
     model = build(config)
     optimizer = torch.optim.Adam(model.v.parameters(), lr=config.value_lr, fused=True)
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
-    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend), reward_norm)
+    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
 
 
 def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
@@ -228,8 +233,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, run)
-        if state.model.norm is not None:
-            state.model.norm.update(batch["raw"])
+        state.model.observe(batch["raw"])
         run.phase("update")
         episodes = state.envs.episodes
         run.log(state.iteration * T * N, **{"return": episodes.mean_return()}, episodes=episodes.finished, **losses)
@@ -249,4 +253,4 @@ def evaluate(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

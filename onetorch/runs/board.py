@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from onetorch.runs import compare, folder
+from onetorch.runs import compare, folder, foreign
 from onetorch.runs.compare import CLOCKS
 from onetorch.runs.errors import UsageError
 
@@ -22,6 +22,8 @@ def convert(words: Sequence[str], out: Path) -> list[Path]:
         raise UsageError(f"tensorboard is missing ({error}): pip install 'onetorch[board]'") from error
     made = []
     for path in compare.find(words):
+        if foreign.files(path):
+            raise UsageError(f"{path} holds a log that is not onetorch's; only runs of onetorch become event files")
         entry = compare.read(path)
         target = out / entry.name
         if target in made:

@@ -111,3 +111,19 @@ def test_standard_error_of_batch_means_by_hand() -> None:
     # Weights 3/4 and 1/4 of means 0 and 4, mean 1: 2 * (9/16 * 1 + 1/16 * 9) = 9/4.
     assert data.block_standard_error(np.array([0.0, 4.0]), np.array([3.0, 1.0])) == pytest.approx(1.5)
     assert np.isnan(data.block_standard_error(np.array([1.0]), np.ones(1)))
+
+
+def test_an_array_is_its_numbers_in_order_and_is_not_read_into_memory(tmp_path: Path) -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    np.save(tmp_path / "images.npy", images)
+    found = data.read(tmp_path / "images.npy")
+    assert found.tolist() == list(range(24))
+    assert not found.flags.owndata
+    (tmp_path / "a.txt").write_bytes(b"text")
+    assert not data.read(tmp_path / "a.txt").flags.owndata
+    np.save(tmp_path / "floats.npy", np.zeros(3))
+    with pytest.raises(UsageError, match=r"floats\.npy: expected an array of uint8, got float64"):
+        data.read(tmp_path / "floats.npy")
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(UsageError, match=r"bad\.npy cannot be read"):
+        data.read(tmp_path / "bad.npy")

@@ -213,6 +213,40 @@ class Tell(BoxTask):
         return obs, 1.0 - float(np.square(action[0] - 0.5)), *rest  # type: ignore[return-value]
 
 
+class Picture(Task):
+    """A bright column in the left or the right half of a picture says which of two switches is to be on: right answers pay 1 each, 2 a step at most."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (12, 12, 1), np.uint8)
+    action_space = gymnasium.spaces.MultiBinary(2)
+
+    def look(self) -> Any:
+        self.right = int(self.np_random.integers(2))
+        picture = np.zeros((12, 12, 1), np.uint8)
+        picture[:, self.np_random.integers(6) + 6 * self.right] = 255
+        return picture
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        reward = float(action[0] == self.right) + float(action[1] != self.right)
+        return self.look(), reward, self.count == 8, False, {}
+
+
+class PictureAndNumber(Picture):
+    """The picture says the first of two choices, a number the second of three."""
+
+    observation_space = gymnasium.spaces.Dict({"number": gymnasium.spaces.Box(-9, 9, (1,), np.float32), "picture": Picture.observation_space})
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+    def look(self) -> Any:
+        self.number = int(self.np_random.integers(3))
+        return {"number": np.array([4 + self.number], np.float32), "picture": super().look()}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        reward = float(action[0] == self.right) + float(action[1] == self.number)
+        return self.look(), reward, self.count == 8, False, {}
+
+
 class Faulty(Task):
     """Action 1 brings the fault at once, action 2 ends the episode and brings it at the next reset. "spin" is a loop of C that lets nobody else run."""
 
@@ -267,10 +301,10 @@ class Payday(Task):
 
 
 class Target(BoxTask):
-    """One step, which pays 1 - (a - 0.5)^2."""
+    """One step, which pays 1 - 2 (a - 0.5)^2."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.look(), 1 - (float(action[0]) - 0.5) ** 2, True, False, {}
+        return self.look(), 1 - 2 * (float(action[0]) - 0.5) ** 2, True, False, {}
 
 
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
@@ -287,5 +321,5 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     for fault in FAULTS:
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
-    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Payday, Target):
+    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Picture, PictureAndNumber, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

@@ -180,6 +180,16 @@ def test_n_step_returns_agree_with_a_walk(num_envs: int, count: int, image: bool
             assert terminated or torch.equal(batch.next_obs[i], next_obs)
 
 
+def test_n_step_returns_do_not_see_what_was_never_written() -> None:
+    replay = Replay(20, (1,), act_dtype=torch.int64)
+    replay.rows.fill_(float("nan"))  # memory as it may come
+    for step in steps(1, 7, (1,)):
+        replay.add(*step)
+    batch, discount = replay.gather_n(torch.arange(7), 3, 0.5)
+    assert batch.reward.tolist() == [0 + 10 / 2 + 20 / 4, 10 + 20 / 2, 20, 30 + 40 / 2, 40, 50 + 60 / 2, 60]
+    assert torch.as_tensor(discount).isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 5000])
 def test_sum_tree_finds_what_a_cumulative_sum_finds(size: int) -> None:
     tree, generator = SumTree(size), torch.Generator().manual_seed(size)

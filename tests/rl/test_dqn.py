@@ -23,7 +23,8 @@ from onetorch.runs.errors import NonFinite, UsageError
 from onetorch.runs.run import Run
 
 SMALL = dqn.Config(
-    total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,), lr=1e-2
+    total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,),
+    lr=1e-2, anneal=False, double=False, n_step=1,
 )  # fmt: skip
 BACKENDS = {"CartPole-v1": "native"}
 
@@ -255,7 +256,7 @@ def test_epsilon_is_the_share_of_random_actions(tmp_path: Path) -> None:
 
 
 RESUMED = {
-    "plain": SMALL,
+    "plain": dataclasses.replace(SMALL, anneal=True),
     "all options": dataclasses.replace(SMALL, double=True, dueling=True, n_step=3, priority=0.6, tau=0.1, target_every=1, hidden=(16, 8)),
     "gymnasium": dataclasses.replace(SMALL, env="Noisy-v0", n_step=2, priority=0.5),
     "pictures": dataclasses.replace(SMALL, env="Picture-v0", n_step=2, dueling=True),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic, RunningNorm, categorical_kl, categorical_logp, flat_parameters, gaussian_kl, gaussian_logp, mlp
+from onetorch.rl.nets import ActorCritic, Pixels, RunningNorm, categorical_kl, categorical_logp, flat_parameters, gaussian_kl, gaussian_logp, mlp
 
 
 def test_categorical_against_torch_distributions() -> None:
@@ -131,3 +131,47 @@ def test_flat_parameters_are_the_same_weights() -> None:
             optimizer.step()
     assert torch.equal(flat, torch.cat([p.flatten() for p in nets[1].parameters()]))
     torch.testing.assert_close(flat, torch.cat([p.flatten() for p in nets[0].parameters()]))
+
+
+def test_several_choices_are_independent() -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(Spaces(3, 5, True, multi=(2, 3)), (8,), "tanh")
+    with torch.no_grad():
+        model.pi[-1].weight.mul_(100)
+    obs = torch.randn(20, 3)
+    parts = [torch.distributions.Categorical(logits=logits) for logits in model.pi(obs).split((2, 3), -1)]
+    act = model.act(obs, None)
+    assert torch.equal(act, torch.stack([part.logits.argmax(-1) for part in parts], -1))
+    logp, entropy = model.logp(obs, act)
+    torch.testing.assert_close(logp, sum(part.log_prob(act[:, k]) for k, part in enumerate(parts)))
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    other = (model.dist(obs)[0].roll(1, 0),)
+    kl = sum(torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=q)) for p, q in zip(parts, other[0].split((2, 3), -1), strict=True))
+    torch.testing.assert_close(model.kl(model.dist(obs), other), kl)
+    with torch.no_grad():
+        drawn = model.act(obs[:1].expand(100_000, 3), model.noise(100_000))
+    share = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=6) / len(drawn)
+    joint = parts[0].probs[0][:, None] * parts[1].probs[0]
+    torch.testing.assert_close(share, joint.flatten(), atol=0.006, rtol=0)
+
+
+def test_pixels_are_divided_by_255_and_numbers_pass_beside() -> None:
+    torch.manual_seed(0)
+    pixels, numbers = torch.randint(0, 256, (5, 3, 20, 30), dtype=torch.uint8), torch.randn(5, 2)
+    alone, beside = Pixels(0, (3, 20, 30), nn.ReLU), Pixels(2, (3, 20, 30), nn.ReLU)
+    beside.load_state_dict(alone.state_dict())
+    features = alone.convolutions(pixels.float() / 255).flatten(1)  # 20 x 30 -> 10 x 15 -> 5 x 8, 32 channels
+    assert alone.width == features.shape[1] == 32 * 5 * 8
+    torch.testing.assert_close(alone(pixels), features)
+    torch.testing.assert_close(beside(torch.cat((numbers, pixels.flatten(1).float()), 1)), torch.cat((numbers, features), 1))
+    assert alone(pixels.expand(4, 5, 3, 20, 30)).shape == (4, 5, alone.width)
+
+
+def test_numbers_are_normalised_and_pixels_are_not() -> None:
+    model = ActorCritic(Spaces(2 + 144, 2, True, image=(1, 12, 12)), (8,), "tanh", normalize_obs=True)
+    obs = torch.cat((torch.randn(500, 2) * 3 + 5, torch.randint(0, 256, (500, 144)).float()), 1)
+    model.observe(obs)
+    normal = model.normalize(obs)
+    torch.testing.assert_close(normal[:, :2].mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    assert torch.equal(normal[:, 2:], obs[:, 2:])
+    assert ActorCritic(Spaces(0, 2, True, image=(1, 12, 12)), (8,), "tanh", normalize_obs=True).norm is None

@@ -138,6 +138,7 @@ RESUMED: dict[str, tuple[Any, Any, str]] = {
     "vpg-native": (vpg, vpg.Config(**PLAIN | {"normalize_reward": True}, entropy_coef=0.01), "native"),
     "vpg-sync": (vpg, vpg.Config(**PLAIN, env="Pendulum-v1", normalize_obs=True), "sync"),
     "trpo-native": (trpo, trpo.Config(**PLAIN | {"normalize_reward": True}), "native"),
+    "vpg-stack": (vpg, vpg.Config(**PLAIN, frame_stack=3), "native"),
     "npg-sync": (trpo, trpo.Config(**PLAIN, env="Pendulum-v1", normalize_obs=True, line_search=False), "sync"),
 }
 CHILD = """
@@ -218,6 +219,19 @@ def test_learns_from_box_actions(tmp_path: Path, algorithm: Any) -> None:
     config = dataclasses.replace(SMALL[algorithm], env="Tell-v0", total_steps=256 * 80, gamma=0.5)
     model, _ = train(algorithm, tmp_path / "run", config, fixed={"backend": "sync"})
     assert model.act(torch.ones(1, 1), None).item() == pytest.approx(0.5, abs=0.1)
+
+
+@each
+@pytest.mark.parametrize("env", ["Picture-v0", "PictureAndNumber-v0"])
+def test_learns_from_pictures_and_several_choices_at_once(tmp_path: Path, algorithm: Any, env: str) -> None:
+    """The best return is 16; to guess earns 8 (two switches) or 6.7 (one of two and one of three)."""
+    config = dataclasses.replace(SMALL[algorithm], env=env, total_steps=256 * (60 if algorithm is trpo else 160), gamma=0.0, normalize_obs=True)
+    if algorithm is ppo:
+        config = dataclasses.replace(config, lr=3e-3)
+    model, _ = train(algorithm, tmp_path / "run", config, fixed={"backend": "sync"})
+    assert float(algorithm.evaluate(model, config, episodes=20)["return"]) > 14
+    out, value = model(algorithm.example(config))
+    assert (out.shape[0], value.shape) == (8, (8,))
 
 
 @each

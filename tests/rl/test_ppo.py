@@ -103,4 +103,4 @@ def test_speed_plan_may_choose_the_number_of_environments(tmp_path: Path, monkey
     config = dataclasses.replace(SMALL, num_envs=0, batch_size=1024, total_steps=2048)
     _, rows = train(tmp_path / "run", config)
     assert [row["step"] for row in rows] == [1024, 2048]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["num_envs"] in (8, 16)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["num_envs"] in (1, 2, 4, 8, 16)

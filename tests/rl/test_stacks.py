@@ -11,7 +11,11 @@ from onetorch.rl import stacks
 from onetorch.rl.stacks import Stack
 
 NATIVE = stacks.library() is not None
-SHAPES = [(2, 256, (23, 256, 256, 1)), (None, 100, (17, 256, 256, 12)), (3, 5, (3, 2)), (2, 37, (3, 70, 130, 66, 5)), (1, 1, (4, 16, 8, 2)), (2, 14, (1, 7, 33))]
+SHAPES: list[tuple[int | None, int, tuple[int, ...]]] = [
+    (2, 256, (23, 256, 256, 1)),
+    (None, 100, (17, 256, 256, 12)),
+    (3, 5, (3, 2)), (2, 37, (3, 70, 130, 66, 5)), (1, 1, (4, 16, 8, 2)), (2, 14, (1, 7, 33)),
+]
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -1,0 +1,401 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from onetorch.generative import diffusion, fid, images
+from onetorch.generative.diffusion import Config
+from onetorch.runs import plan
+from onetorch.runs.errors import NonFinite, RunError, UsageError
+from onetorch.runs.run import Run
+
+TINY = Config(
+    shape=(1, 4, 4), levels=5, classes=2, steps=6, batch=8, width=16, depth=1, heads=2, patch=2, stages=(1, 2), eval_every=3, eval_samples=8, sample_steps=3,
+    warmup=2,
+)  # fmt: skip
+PLAN = "threads=1,dtype=float32,layout=contiguous_format,attention=explicit"
+OBJECTIVES = ["epsilon", "v", "flow"]
+SAMPLERS = ["ancestral", "ddim", "euler", "heun"]
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def write_data(folder: Path, n: int = 120) -> Path:
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 2
+    pixels = rng.integers(2, size=(n, 4, 4)).astype(np.uint8)
+    pixels[labels == 0, :2] += 3
+    pixels[labels == 1, 2:] += 3
+    np.savez(folder / "data.npz", images=pixels, labels=labels, levels=5)
+    return folder / "data.npz"
+
+
+@pytest.fixture(autouse=True)
+def quick_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fid, "STEPS", 5)
+
+
+def model_with_weights(config: Config = TINY) -> diffusion.Diffusion:
+    """A model no matrix of which is zero, as after some training."""
+    torch.manual_seed(0)
+    model = diffusion.build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+# -- the path ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_tells_the_image_and_the_noise(objective: str) -> None:
+    x0, eps = torch.randn(2, 6, 1, 3, 3, generator=gen(), dtype=torch.float64)
+    t = torch.linspace(0.05, 0.95, 6, dtype=torch.float64)[:, None, None, None]
+    alpha, sigma = diffusion.path(objective, t)
+    x = alpha * x0 + sigma * eps
+    out = diffusion.target(objective, x0, eps, alpha, sigma)
+    assert torch.allclose(diffusion.clean(objective, out, x, alpha, sigma), x0)
+    assert torch.allclose((x - alpha * x0) / sigma, eps)
+
+
+def test_v_and_flow_are_the_paths_velocity() -> None:
+    """dx/dt by central differences; v is that of the cosine path by 2 / pi."""
+    x0, eps = torch.randn(2, 5, 1, 1, 1, generator=gen(), dtype=torch.float64)
+    t, h = torch.full((5, 1, 1, 1), 0.3, dtype=torch.float64), 1e-5
+    for objective, factor in (("v", 2 / math.pi), ("flow", 1.0)):
+        ahead, behind = (a * x0 + s * eps for a, s in (diffusion.path(objective, t + d) for d in (h, -h)))
+        alpha, sigma = diffusion.path(objective, t)
+        expected = (ahead - behind) / (2 * h)
+        assert torch.allclose(diffusion.velocity(objective, alpha * x0 + sigma * eps, x0, t), expected, atol=1e-7)
+        assert torch.allclose(diffusion.target(objective, x0, eps, alpha, sigma), factor * expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_time_of_is_the_inverse_of_the_signal_to_noise_ratio(objective: str) -> None:
+    t = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    alpha, sigma = diffusion.path(objective, t)
+    assert torch.allclose(diffusion.time_of(objective, 2 * (alpha / sigma).log()), t)
+
+
+def test_the_posterior_is_bayes() -> None:
+    """From the products of two Gaussians: q(x_s | x_0) has precision 1 / sigma_s^2, x_t given x_s has mean a x_s and variance sigma_t^2 - a^2 sigma_s^2."""
+    alpha, sigma = (0.6, 0.9), (0.8, 0.4)
+    x, x0, a = 0.3, -0.7, 0.6 / 0.9
+    b = 0.8**2 - a**2 * 0.4**2
+    precision = 1 / 0.4**2 + a**2 / b
+    mean = (0.9 * x0 / 0.4**2 + a * x / b) / precision
+    found = diffusion.posterior(torch.tensor(x), torch.tensor(x0), tuple(map(torch.tensor, alpha)), tuple(map(torch.tensor, sigma)))  # type: ignore[arg-type]
+    assert found[0].item() == pytest.approx(mean)
+    assert found[1].item() == pytest.approx(1 / precision)
+
+
+def test_the_posterior_is_that_of_ddpm() -> None:
+    """Ho et al. 2020, equation 7, for three betas: alpha_bar is the product of 1 - beta."""
+    beta = torch.tensor([0.1, 0.2, 0.4])
+    bar = (1 - beta).cumprod(0)
+    x, x0 = torch.tensor(0.5), torch.tensor(0.25)
+    mean, variance = diffusion.posterior(x, x0, (bar[2].sqrt(), bar[1].sqrt()), ((1 - bar[2]).sqrt(), (1 - bar[1]).sqrt()))
+    assert variance == pytest.approx(((1 - bar[1]) / (1 - bar[2]) * beta[2]).item())
+    expected = bar[1].sqrt() * beta[2] / (1 - bar[2]) * x0 + (1 - beta[2]).sqrt() * (1 - bar[1]) / (1 - bar[2]) * x
+    assert mean == pytest.approx(expected.item())
+
+
+# -- sampling and likelihood, where the best denoiser is known -------------------------------------------------------------------------------------------
+
+
+def gaussian_denoiser(objective: str, mean: float, std: float):
+    """E[x_0 | x_t] for x_0 of a normal distribution."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = diffusion.path(objective, t)
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
+
+    return denoise
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_recovers_a_gaussian(objective: str, sampler: diffusion.Sampler) -> None:
+    noise = torch.randn(20_000, 1, 1, 1, generator=gen(1), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    x = diffusion.solve(gaussian_denoiser(objective, 0.4, 0.3), noise, objective, sampler, {"heun": 100}.get(sampler, 400), gen(2))
+    assert x.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert x.std().item() == pytest.approx(0.3, rel=0.03)
+    if sampler != "ancestral":  # without noise of their own the samples are a straight line of the noise, as they must
+        assert torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1] == pytest.approx(1)
+
+
+def test_heun_is_of_second_order_and_euler_of_first() -> None:
+    """Half the step, a quarter and half the error: against the exact map from noise to image, x = m + s / sqrt(alpha^2 s^2 + sigma^2) (x_T - alpha m)."""
+    noise = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    mean, std, last = 0.4, 0.5, torch.tensor(diffusion.T_LAST, dtype=torch.float64)
+    for objective in ("v", "flow"):
+        alpha, sigma = diffusion.path(objective, last)
+        exact = mean + std / (alpha**2 * std**2 + sigma**2).sqrt() * (noise - alpha * mean)
+        for sampler, ratio in (("euler", 2.0), ("heun", 4.0)):
+            errors = [
+                (diffusion.solve(gaussian_denoiser(objective, mean, std), noise, objective, sampler, n, gen()) - exact).abs().max().item()  # type: ignore[arg-type]
+                for n in (100, 200)
+            ]
+            assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.15)
+
+
+def test_ddim_is_euler_on_the_straight_path() -> None:
+    noise = torch.randn(5, 1, 2, 2, generator=gen())
+    found = [diffusion.solve(gaussian_denoiser("flow", 0.1, 0.2), noise, "flow", sampler, 7, gen()) for sampler in ("ddim", "euler")]  # type: ignore[arg-type]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+
+
+def coin_denoiser(objective: str, odds: float):
+    """E[x_0 | x_t] for x_0 = 1 with probability `odds`, else -1."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = diffusion.path(objective, t)
+        return torch.tanh(alpha * x / sigma**2 + 0.5 * math.log(odds / (1 - odds)))
+
+    return denoise
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_likelihood_and_samples_are_of_the_same_distribution(objective: str) -> None:
+    """Pixels that are 1 of two levels with probability 0.8: the bound is their entropy, and samples have that frequency."""
+    odds, n = 0.8, 1000
+    denoise = coin_denoiser(objective, odds)
+    pixels = (torch.rand(n, 1, 2, 2, generator=gen(3)) < odds).to(torch.uint8)
+    found = diffusion.bits(denoise, pixels, 2, objective, gen(), times=60)
+    ones = pixels.float().mean().item()
+    exact = -ones * math.log2(odds) - (1 - ones) * math.log2(1 - odds)
+    error = found.std().item() / math.sqrt(n)
+    assert found.mean().item() == pytest.approx(exact, abs=4 * error + 0.005)
+    for sampler in ("ancestral", "heun"):
+        noise = torch.randn(n, 1, 2, 2, generator=gen(4))
+        x = diffusion.solve(denoise, noise, objective, sampler, 100, gen(5))  # type: ignore[arg-type]
+        drawn = images.quantize(x, 2).float()
+        assert drawn.mean().item() == pytest.approx(odds, abs=0.03)
+        assert x.abs().mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_worse_denoiser_costs_more_bits() -> None:
+    pixels = (torch.rand(500, 1, 2, 2, generator=gen(3)) < 0.8).to(torch.uint8)
+    right, wrong = (diffusion.bits(coin_denoiser("flow", odds), pixels, 2, "flow", gen(), times=30).mean() for odds in (0.8, 0.3))
+    assert wrong > right + 0.2
+    assert diffusion.bits(lambda x, t: torch.zeros_like(x), pixels, 2, "flow", gen()).mean() > 1
+
+
+# -- the model -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_a_line_through_both_predictions() -> None:
+    model, x, t = model_with_weights(replace(TINY, objective="v")), torch.randn(3, 1, 4, 4, generator=gen()), torch.tensor(0.4)
+    labels, none = torch.tensor([0, 1, 1]), torch.full((3,), 2)
+    with torch.no_grad():
+        told, free = (model.denoise(x, t, y) for y in (labels, none))
+        assert not torch.allclose(told, free)
+        assert torch.allclose(model.denoise(x, t, labels, 0.0), free, atol=1e-6)
+        assert torch.allclose(model.denoise(x, t, labels, 3.0), free + 3 * (told - free), atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "unet"])
+def test_an_image_is_seen_whole_and_by_itself(backbone: str) -> None:
+    model = model_with_weights(replace(TINY, backbone=backbone))
+    x, t, labels = torch.randn(2, 1, 4, 4, generator=gen()), torch.tensor([0.3, 0.7]), torch.tensor([0, 1])
+    x.requires_grad_()
+    out = model(x, t, labels)
+    assert out.shape == x.shape
+    out[0, 0, 0, 0].backward()
+    assert x.grad is not None
+    assert (x.grad[0] != 0).all()
+    assert (x.grad[1] == 0).all()
+    for changed in (model(x, t + 0.1, labels), model(x, t, 1 - labels)):
+        assert not torch.allclose(changed, out)
+
+
+def test_patches_are_put_back_where_they_were() -> None:
+    config = replace(TINY, shape=(3, 4, 6))
+    model = model_with_weights(config)
+    x = torch.randn(1, 3, 4, 6, generator=gen(), requires_grad=True)
+    net = model.net
+    net.blocks = torch.nn.ModuleList()  # without blocks a token sees its own patch alone
+    net(x, torch.tensor([0.5]), torch.tensor([0]), torch.float32, False)[0, 0, 2, 4].backward()
+    assert x.grad is not None
+    seen = (x.grad[0] != 0).any(0)
+    assert seen.nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
+
+
+def test_the_loss_of_a_new_model_is_the_targets_power() -> None:
+    """It predicts zero: for flow E |eps - x_0|^2 = 1 + E x_0^2."""
+    model = diffusion.build(TINY)
+    x0, eps = torch.randn(2, 64, 1, 4, 4, generator=gen())
+    found = diffusion.losses(model, x0, torch.rand(64, generator=gen()), eps, torch.zeros(64, dtype=torch.int64))
+    assert torch.allclose(found, (eps - x0).square().flatten(1).mean(1))
+    assert found.mean().item() == pytest.approx(2, abs=0.15)
+
+
+def test_optimizers_share_the_parameters() -> None:
+    for config in (TINY, replace(TINY, backbone="unet")):
+        model = diffusion.build(config)
+        groups = [id(p) for o in diffusion.optimizers(model, config) for g in o.param_groups for p in g["params"]]
+        assert sorted(groups) == sorted(id(p) for p in model.parameters())
+    assert len(diffusion.optimizers(diffusion.build(TINY), TINY)) == 2
+
+
+def test_a_batch_has_even_times_and_some_labels_left_out() -> None:
+    data = images.Images(np.zeros((50, 1, 4, 4), np.uint8), 5, np.arange(50) % 2, ("a", "b"))
+    config = replace(TINY, batch=1000, drop_label=0.25)
+    x0, t, eps, labels = diffusion.draw(data, config, gen())
+    assert (t.mul(1000).long() == torch.arange(1000)).all()
+    assert (x0 == -1).all()
+    assert eps.std().item() == pytest.approx(1, abs=0.03)
+    assert (labels == 2).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert (diffusion.draw(data, replace(config, classes=0), gen())[3] == 0).all()
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    """A transformer of one block: products of 4 tokens of width 16, and those that look at the condition once."""
+    model = diffusion.build(TINY)
+    C, T, pixels = 16, 4, 4
+    products = 2 * (12 * C * C * T + 2 * pixels * C * T + (6 + 2) * C * C + 64 * C + C * C) + 4 * T * T * C
+    assert diffusion.flops(model) == 3 * products
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def start(config: Config, folder: Path) -> Run:
+    return Run(folder, config, fixed=plan.parse(PLAN), quiet=True)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("backbone", "objective"), [("transformer", "flow"), ("unet", "v")])
+def test_training_learns_samples_and_evaluates(tmp_path: Path, backbone: str, objective: str) -> None:
+    config = replace(
+        TINY, data=write_data(tmp_path), backbone=backbone, objective=objective, steps=150, batch=32, width=32, lr=5e-3, eval_every=75,
+        sample_steps=8, eval_samples=60,
+    )  # fmt: skip
+    with start(config, tmp_path / "run") as run:
+        model = diffusion.train(config, run)
+    rows = rows_of(tmp_path / "run")
+    assert [r["step"] for r in rows if "fid" in r] == [75, 150]
+    assert np.mean([r["loss"] for r in rows[-10:]]) < 0.6 * np.mean([r["loss"] for r in rows[:5]])
+    assert sorted(p.name for p in (tmp_path / "run" / "media").glob("*.png")) == ["samples-00000075.png", "samples-00000150.png"]
+    results = diffusion.evaluate(model, config, media=tmp_path, samples=60)
+    assert results["bpd"] < results["uniform_bpd"]  # type: ignore[operator]
+    assert results["bpd"] == pytest.approx(rows[-1]["val_bpd"], abs=6 * rows[-1]["val_bpd_se"])
+    assert results["images"] == 24
+    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"
+    labels = torch.tensor([0, 1]).repeat_interleave(100)
+    drawn = diffusion.sample(model, labels, gen(), steps=10).float()
+    top, bottom = drawn[:, :, :2].mean((1, 2, 3)), drawn[:, :, 2:].mean((1, 2, 3))
+    assert ((top > bottom) == (labels == 0)).float().mean() > 0.9  # samples are of the class that was asked for
+
+
+GOLDEN = {"epsilon": [1.06029, 1.03776, 1.29413], "v": [0.92756, 0.94456, 1.06061], "flow": [1.83012, 1.83818, 2.08902]}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_first_losses_are_those_of_before(tmp_path: Path, objective: str) -> None:
+    config = replace(TINY, data=write_data(tmp_path), objective=objective, steps=3, eval_every=3)
+    with start(config, tmp_path / "run") as run:
+        diffusion.train(config, run)
+    assert [r["loss"] for r in rows_of(tmp_path / "run")] == pytest.approx(GOLDEN[objective], rel=1e-3)
+
+
+SCRIPT = """
+import dataclasses, os, sys
+from pathlib import Path
+from onetorch.generative import diffusion, fid
+from onetorch.runs import plan
+from onetorch.runs.run import Run
+
+fid.STEPS = 5
+where, data, backbone, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5] == "resume"
+config = diffusion.Config(
+    data=data, shape=(1, 4, 4), levels=5, classes=2, steps=4, batch=8, width=16, depth=1, heads=2, stages=(1, 2), eval_every=1, eval_samples=8,
+    sample_steps=2, backbone=backbone, sampler="ancestral",
+)
+fixed = plan.parse("threads=1,dtype=bfloat16,attention=explicit,layout=" + ("channels_last" if backbone == "unet" else "contiguous_format"))
+run = Run(where, config, resume=resume, fixed=fixed, checkpoint_seconds=0, quiet=True)
+save = run.checkpoint
+def checkpoint(state):
+    save(state)
+    if state.iteration == stop:
+        os._exit(9)  # as if killed: nothing is flushed or closed
+run.checkpoint = checkpoint
+with run:
+    diffusion.train(config, run)
+"""
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "unet"])
+def test_four_steps_are_two_steps_a_new_process_and_two_steps(tmp_path: Path, backbone: str) -> None:
+    data = write_data(tmp_path)
+
+    def process(name: str, stop: int, how: str) -> int:
+        return subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / name, data, backbone, str(stop), how], check=False).returncode
+
+    assert process("whole", 0, "new") == 0
+    assert process("parts", 2, "new") == 9
+    assert process("parts", 0, "resume") == 0
+    weights = [(tmp_path / name / "checkpoints" / "00000004" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    rows = [rows_of(tmp_path / name) for name in ("whole", "parts")]
+    for row in rows[0] + rows[1]:
+        for time_dependent in ("seconds", "cpu_seconds", "mfu"):
+            row.pop(time_dependent, None)
+    assert len(rows[0]) == 4
+    assert rows[0] == rows[1]
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path))
+    with start(config, tmp_path / "run") as run:
+        diffusion.train(config, run)
+    write_data(tmp_path, 130)
+    with pytest.raises(RunError, match="the images are not those this run was begun with"):
+        with Run(tmp_path / "run", config, resume=True, quiet=True) as run:
+            diffusion.train(config, run)
+
+
+def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real, calls = replace(TINY, data=write_data(tmp_path)), diffusion.losses, []
+
+    def broken(model: diffusion.Diffusion, *args: Tensor) -> Tensor:
+        calls.append(model)
+        return real(model, *args) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(diffusion, "losses", broken)
+    with pytest.raises(NonFinite, match="loss is nan in iteration 2"), start(config, tmp_path / "run") as run:
+        diffusion.train(config, run)
+    assert all(p.isfinite().all() for p in calls[0].parameters())
+
+
+@pytest.mark.parametrize("wrong", [
+    {"steps": 0}, {"batch": -1}, {"width": 20}, {"lr": 0.0}, {"lr_matrix": math.inf}, {"ema": 1.0}, {"decay": 0.0}, {"drop_label": 1.0}, {"shape": (2, 8, 8)},
+    {"levels": 1}, {"eval_samples": 1}, {"guidance": -1.0}, {"guidance": 2.0, "classes": 0}, {"patch": 3}, {"stages": ()},
+    {"stages": (1, 1, 1, 1, 1), "backbone": "unet"}, {"warmup": -1},
+])  # fmt: skip
+def test_wrong_configs_are_named(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 1}, {"sample_steps": -1}, {"times": 0}, {"guidance": -0.5}])
+def test_wrong_options_are_named(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        diffusion.evaluate(diffusion.build(TINY), TINY, **wrong)
+    with pytest.raises(UsageError, match="no classes"):
+        diffusion.evaluate(diffusion.build(replace(TINY, classes=0)), replace(TINY, classes=0), guidance=2.0)
