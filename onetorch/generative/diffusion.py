@@ -59,7 +59,7 @@ class Config:
     classes: int = 10  # labels that the network is told; 0: none
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last fifth; or, to choose settings, on another that is not trained on either
     seed: int = 0  # of weights, batches and noise
-    steps: int = 1500  # optimizer steps
+    steps: int = 800  # optimizer steps
     batch: int = 128  # images in a step
     objective: Literal["epsilon", "v", "flow"] = "flow"  # what the network predicts, and the path
     backbone: Literal["transformer", "unet"] = "transformer"  # the network
@@ -79,7 +79,7 @@ class Config:
     sampler: Sampler = "heun"  # of samples while training and in the end
     sample_steps: int = 20  # steps of the sampler
     guidance: float = 1.0  # w: above 1 samples are more like their class, and like each other
-    eval_every: int = 500  # steps between two evaluations
+    eval_every: int = 400  # steps between two evaluations
     eval_samples: int = 400  # images sampled in them
 
     def __post_init__(self) -> None:

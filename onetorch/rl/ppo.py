@@ -208,14 +208,16 @@ def train(config: Config, run: Run) -> ActorCritic:
     return state.model
 
 
-def evaluate(
-    model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, deterministic: bool = True
-) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `deterministic`: the likeliest actions, else drawn."""
+def evaluate(model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
+    """Mean return over episodes of their own, with a 95 % interval: of the likeliest actions, and of drawn ones as `stochastic_return`; `agent.mp4` under
+    `media` is of the likeliest."""
 
-    def policy(obs: Tensor) -> Tensor:
-        return model.act(obs, None if deterministic else model.noise(len(obs)))
+    def likeliest(obs: Tensor) -> Tensor:
+        return model.act(obs, None)
+
+    def drawn(obs: Tensor) -> Tensor:
+        return model.act(obs, model.noise(len(obs)))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)
+        return evaluation.evaluate(likeliest, config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

@@ -233,7 +233,7 @@ class Picture(gymnasium.Env):
 
 if "Corridor-v0" not in gymnasium.registry:
     gymnasium.register("Corridor-v0", entry_point=Corridor)
-    gymnasium.register("Picture-v0", entry_point=Picture, max_episode_steps=20)
+    gymnasium.register("Pixels-v0", entry_point=Picture, max_episode_steps=20)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_finds_the_values_of_a_known_task(tmp_path: Path, options: dict[str, Any
 
 
 def test_learns_from_pictures(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, env="Picture-v0", total_steps=512, epsilon=1.0, gamma=0.0, updates=16, replay=512)
+    config = dataclasses.replace(SMALL, env="Pixels-v0", total_steps=512, epsilon=1.0, gamma=0.0, updates=16, replay=512)
     model, _ = train(tmp_path / "run", config)
     env = Picture()
     env.reset(seed=1)
@@ -297,7 +297,7 @@ RESUMED = {
     "plain": dataclasses.replace(SMALL, anneal=True),
     "all options": dataclasses.replace(SMALL, double=True, dueling=True, n_step=3, priority=0.6, tau=0.1, target_every=1, hidden=(16, 8)),
     "gymnasium": dataclasses.replace(SMALL, env="Noisy-v0", n_step=2, priority=0.5),
-    "pictures": dataclasses.replace(SMALL, env="Picture-v0", n_step=2, dueling=True),
+    "pictures": dataclasses.replace(SMALL, env="Pixels-v0", n_step=2, dueling=True),
 }
 CHILD = """
 import sys

@@ -266,9 +266,10 @@ def test_episodes_are_evaluated_without_training_state(algorithm: Any) -> None:
     torch.manual_seed(0)
     config = SMALL[algorithm]
     model = algorithm.build(config)
-    results = [algorithm.evaluate(model, config, episodes=30, deterministic=False) for _ in range(2)]
+    results = [algorithm.evaluate(model, config, episodes=30) for _ in range(2)]
     assert results[0] == results[1]
-    assert 10 < float(results[0]["return"]) < 40
+    assert 10 < float(results[0]["stochastic_return"]) < 40  # a policy that is nearly uniform; its likeliest action is another matter
+    assert results[0]["stochastic_return"] != results[0]["return"]
     assert float(results[0]["return_min"]) <= float(results[0]["return"]) - float(results[0]["return_ci95"])
 
 
