@@ -292,6 +292,7 @@ def test_explain_says_where_the_time_went(say: Any) -> None:
 
 ON_POLICY = "--env CartPole-v1 --total_steps 256 --batch_size 128 --plan threads=1,backend=native,num_envs=8"
 OFF_POLICY = "--total_steps 60 --random_steps 20 --update_after 20 --batch_size 8 --hidden 16 --plan threads=1,dtype=float32"
+ONE_WAY = "threads=1,dtype=float32,attention=explicit"
 ACTING = {"environment", "action", "update", "logging"}
 LEARNING = {"batch", "gradient", "update", "evaluation", "logging"}
 
@@ -305,8 +306,8 @@ LEARNING = {"batch", "gradient", "update", "evaluation", "logging"}
         ("td3", OFF_POLICY, ACTING),
         ("ddpg", OFF_POLICY, ACTING),
         ("dqn", "--total_steps 256 --update_after 64 --plan threads=1,backend=native", ACTING | {"replay"}),
-        ("gpt", "--data text --steps 3 --batch 4 --context 16 --width 24 --ngram_rows 50 --plan threads=1,dtype=float32,attention=explicit", LEARNING),
-        ("diffusion", "--steps 3 --batch 8 --width 16 --depth 1 --heads 2 --eval_samples 8 --sample_steps 2 --warmup 1 --plan threads=1,dtype=float32,attention=explicit", LEARNING),
+        ("gpt", "--data text --steps 3 --batch 4 --context 16 --width 24 --ngram_rows 50 --plan " + ONE_WAY, LEARNING),
+        ("diffusion", "--steps 3 --batch 8 --width 16 --depth 1 --heads 2 --eval_samples 8 --sample_steps 2 --warmup 1 --plan " + ONE_WAY, LEARNING),
     ],
 )
 def test_every_algorithm_says_where_its_time_goes(recipe: str, words: str, phases: set[str], say: Any) -> None:
