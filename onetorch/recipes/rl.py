@@ -87,6 +87,12 @@ def vpg_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)
 
 
+@recipe("dqn", reaches="mean return 466 of 500 after 50,000 steps (median 499, 268 to 500 over 10 seeds), 37 CPU-s on one core of a busy machine")
+def dqn(Config: Any) -> Any:
+    """Deep Q-Network (DQN), Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518."""
+    return Config()
+
+
 @recipe("dqn", reaches="mean return -80 after 100,000 steps (-82 to -78 over the 3 seeds its settings were chosen on), 80 CPU-s on one core")
 def dqn_acrobot(Config: Any) -> Any:
     """DQN on Acrobot-v1."""
