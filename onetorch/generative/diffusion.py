@@ -59,7 +59,7 @@ class Config:
     classes: int = 10  # labels that the network is told; 0: none
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last fifth; or, to choose settings, on another that is not trained on either
     seed: int = 0  # of weights, batches and noise
-    steps: int = 1500  # optimizer steps
+    steps: int = 800  # optimizer steps
     batch: int = 128  # images in a step
     objective: Literal["epsilon", "v", "flow"] = "flow"  # what the network predicts, and the path
     backbone: Literal["transformer", "unet"] = "transformer"  # the network
@@ -79,7 +79,7 @@ class Config:
     sampler: Sampler = "heun"  # of samples while training and in the end
     sample_steps: int = 20  # steps of the sampler
     guidance: float = 1.0  # w: above 1 samples are more like their class, and like each other
-    eval_every: int = 500  # steps between two evaluations
+    eval_every: int = 400  # steps between two evaluations
     eval_samples: int = 400  # images sampled in them
 
     def __post_init__(self) -> None:
@@ -499,14 +499,17 @@ def train(config: Config, run: Run) -> Diffusion:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
+        run.phase("batch")
         loss = losses(model, x0, t, eps, labels).mean()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
+        run.phase("gradient")
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         state.ema.update()
+        run.phase("update")
         last = state.iteration == config.steps
         evaluated: dict[str, float] = {}
         if last or state.iteration % config.eval_every == 0:
@@ -514,8 +517,10 @@ def train(config: Config, run: Run) -> Diffusion:
                 evaluated = validate(model, data, held_out, run.media / f"samples-{state.iteration:08}.png")
         if last:
             state.ema.keep(config.ema)
+        run.phase("evaluation")
         run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
+        run.phase("logging")
     return model
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from onetorch.recipes import recipe
 
 
-@recipe("diffusion", reaches="")
+@recipe("diffusion", reaches="FID 5.6 ± 0.4 with 500 samples (training against held-out images: 6.7) on the digits after 100 s on one core")
 def diffusion(Config: Any) -> Any:
     """Diffusion and flow matching on images; by default flow matching on scikit-learn's digits with a transformer."""
     return Config()

@@ -34,7 +34,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
@@ -92,7 +92,7 @@ class State:
     """All that is needed to go on bit for bit."""
 
     model: ActorCritic
-    optimizer: torch.optim.Optimizer  # the critic's
+    optimizer: Adam  # the critic's
     envs: environments.Envs
     reward_norm: RewardNorm | None
     iteration: int = 0
@@ -103,7 +103,7 @@ def spaces(config: Config) -> environments.Spaces:
 
 
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std, twice=True)
 
 
 def example(config: Config) -> Tensor:
@@ -114,7 +114,7 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
-    optimizer = torch.optim.Adam(model.v.parameters(), lr=config.value_lr, fused=True)
+    optimizer = Adam((model.v.parameters(), config.value_lr))
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
     return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
 
@@ -243,14 +243,16 @@ def train(config: Config, run: Run) -> ActorCritic:
     return state.model
 
 
-def evaluate(
-    model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, deterministic: bool = True
-) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `deterministic`: the likeliest actions, else drawn."""
+def evaluate(model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
+    """Mean return over episodes of their own, with a 95 % interval: of the likeliest actions, and of drawn ones as `stochastic_return`; `agent.mp4` under
+    `media` is of the likeliest."""
 
-    def policy(obs: Tensor) -> Tensor:
-        return model.act(obs, None if deterministic else model.noise(len(obs)))
+    def likeliest(obs: Tensor) -> Tensor:
+        return model.act(obs, None)
+
+    def drawn(obs: Tensor) -> Tensor:
+        return model.act(obs, model.noise(len(obs)))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)
+        return evaluation.evaluate(likeliest, config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

@@ -3,7 +3,9 @@
     layer = Conv2d(256, 512, 3, patterns.balanced_random((512, 256), 32, density=0.25), padding=1)
     y = layer(x)                                       # (N, 256, H, W) -> (N, 512, H, W)
 
-A convolution is one block-sparse product with the windows of the input laid out as columns. Convolutions after openai/blocksparse (Gray, Radford, Kingma:
+A convolution is one block-sparse product with the windows of the input laid out as columns. Laying them out takes time of its own:
+on a CPU these layers save weights and memory of the optimizer but not yet time (3 x 3, 256 channels, 28 x 28, forward and backward on one core:
+1.35 of torch's dense convolution at 25 % of the blocks, 1.09 at 10 %). Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
 

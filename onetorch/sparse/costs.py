@@ -129,10 +129,9 @@ def dense_sdd_is_faster(a: Tensor, b: Tensor, kept: int, block: tuple[int, int])
 
 def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> str:
     """What a layer with this layout does with this many tokens on this machine, in words: the kernel of its forward product (and of the gradient of its
-    input), and that of the gradient of its weight. A measurement of a tenth of a second may run, once per machine.
+    input), and that of the gradient of its weight. A measurement of a tenth of a second may run, once per machine. For example:
 
-        >>> choice(layout, 512, torch.bfloat16)
-        'sparse: density 0.250, the dense product is faster from 0.981; gradient of the weight sparse, dense from 0.942'
+    sparse: density 0.250, the dense product is faster from 0.981; gradient of the weight sparse, dense from 0.942
     """
     if layout.device.type != "cpu" or cpu.library() is None:
         return "pytorch: batched products of gathered blocks"
