@@ -5,10 +5,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, patterns
+from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, conv, patterns
 
 DENSE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 SPARSE = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+
+
+@pytest.fixture(autouse=True, params=["products", "dense"])
+def chosen(request, monkeypatch):
+    """Every check runs on the sparse products, where a layer can take them, and on the dense convolution."""
+    monkeypatch.setattr(conv, "costs_of", lambda *_: (0.0, 0.0) if request.param == "products" else (1.0, 1.0))
+    return request.param
 
 
 @torch.no_grad()
@@ -120,11 +127,14 @@ def test_the_layout_may_change():
     assert torch.allclose(layer(x), nn.functional.conv1d(x, layer.to_dense(), layer.bias, padding=1), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch.compile itself does to an autograd.Function
 def test_compiles_whole():
     layer = Conv2d(16, 24, 3, patterns.random((24, 16), 8, 0.5, torch.Generator().manual_seed(0)), padding=1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 5, 5)
     assert torch.equal(compiled(x), layer(x))
+    grads = [torch.autograd.grad(f(x).square().sum(), layer.parameters()) for f in (compiled, layer)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
