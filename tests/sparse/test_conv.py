@@ -1,12 +1,14 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, conv, patterns
+from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, conv, cpu, patterns
 
+MEASURED = conv.costs_of
 DENSE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 SPARSE = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
@@ -105,6 +107,33 @@ def test_initialisation_state_and_copies(tmp_path):
     assert torch.equal(layer(x), other(x))
     assert torch.allclose(copy.deepcopy(layer).double()(x.double()).float(), layer(x), atol=1e-5)
     assert torch.equal(layer(x[0]), layer(x)[0])
+
+
+def test_the_costs_are_measured_once(monkeypatch, tmp_path):
+    library = cpu.library()
+    if library is None:
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(conv, "measured", {})
+    monkeypatch.setattr(conv.cpu, "library", lambda: SimpleNamespace(_name=str(tmp_path / "kernels.so")))
+    monkeypatch.setattr(conv, "_measure", lambda *_: (0.25, 1.5))
+    assert MEASURED(torch.float32, (32, 32), 9) == (0.25, 1.5)
+    monkeypatch.setattr(conv, "_measure", lambda *_: (9.0, 9.0))
+    assert MEASURED(torch.float32, (32, 32), 4) == (0.25, 1.5)  # in this process
+    conv.measured.clear()
+    assert MEASURED(torch.float32, (32, 32), 25) == (0.25, 1.5)  # and in the next
+    monkeypatch.setattr(conv, "costs_of", MEASURED)
+    x = torch.zeros(1, 256, 28, 28)
+    for density, dense in ((0.25, False), (0.5, True)):  # (29 / 28)^2 (0.25 + 1.5 density): 0.67 and 1.07
+        layer = Conv2d(256, 256, 3, patterns.balanced_random((256, 256), 32, density), padding=1)
+        assert layer._dense_is_faster(x, [28, 28]) == dense
+
+
+def test_measuring_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        fixed, rising = conv._measure(torch.float32, (64, 64), 1)
+    assert fixed + rising > 0
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_layout_may_change():
