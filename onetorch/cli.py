@@ -804,7 +804,8 @@ def _work(module: Any, run: Any, explain: bool = False) -> int:
             except OSError as error:
                 raise RunError(folder.explain(error, run.folder / "report.html")) from error
     except Stopped as stop:
-        run.say(f"stopped ({stop}) after {_progress(run.record)}; onetorch resume {shlex.quote(str(run.folder))} goes on")
+        reached = f"after {_progress(run.record)}" if run.record["progress"]["total"] else "before the first step"  # while the speed plan was measured, say
+        run.say(f"stopped ({stop}) {reached}; onetorch resume {shlex.quote(str(run.folder))} goes on")
         raise
     except OneTorchError:
         raise
