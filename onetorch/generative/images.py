@@ -283,11 +283,12 @@ def parts(images: Images, held_out: Literal["validation", "tuning"], name: Path 
     return images.take(train), images.take(rest)
 
 
-def check(images: Images, shape: tuple[int, ...], levels: int, classes: int, name: Path | str | None = None) -> None:
-    """UsageError with the flags to give where the images are not what a config says; classes: 0 for a model that takes no labels."""
-    if images.shape != shape or images.levels != levels or classes not in (0, len(images.names)):
-        fits = f"--shape {','.join(map(str, images.shape))} --levels {images.levels} --classes {len(images.names)}"
-        raise UsageError(f"data {name or ''}: the config is for {shape}, {levels} levels, {classes} classes; for these images give {fits}")
+def check(images: Images, shape: tuple[int, ...], levels: int, classes: int | None, name: Path | str | None = None) -> None:
+    """UsageError with the flags to give where the images are not what a config says; classes: 0 for a model told no labels, None for one that knows none."""
+    if images.shape != shape or images.levels != levels or classes not in (None, 0, len(images.names)):
+        said, flag = ("", "") if classes is None else (f", {classes} classes", f" --classes {len(images.names)}")
+        fits = f"--shape {','.join(map(str, images.shape))} --levels {images.levels}{flag}"
+        raise UsageError(f"data {name or ''}: the config is for {shape}, {levels} levels{said}; for these images give {fits}")
 
 
 def batch(images: Images, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
