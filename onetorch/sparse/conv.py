@@ -339,7 +339,8 @@ class Conv2d(_Conv):
     """nn.Conv2d with a weight that is zero outside the blocks of (output channels, input channels) that `layout` (out_channels, in_channels) keeps.
 
     weight (kept, br, bc, *kernel_size), bias (out_channels); `kernel_size`, `stride`, `padding` (with zeros; ints, "same" or "valid") and `dilation` as
-    torch has them; `gate` as in `Linear`. Initialised like torch's, with the number of inputs that each output really has. See `EdgeBias` for what padding does to the border.
+    torch has them; `gate` as in `Linear`. Initialised like torch's, with the number of inputs that each output really has. See `EdgeBias` for what
+    padding does to the border.
     """
 
     dims = 2
