@@ -6,9 +6,9 @@
 With stride 1, in float32 and float64 on the CPU, each row of kernel positions is one block-sparse product with the input, channels last, seen through a
 window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`; mostly
 above half of the blocks), and for every other stride, dtype and device, the weight is filled in and torch's dense convolution is taken; there a NaN in a
-channel that no block uses is read. Forward and backward against torch's dense convolution on one core of a shared and busy AMD EPYC, 3 x 3, 256 channels, 8
-images of 28 x 28, blocks of 32: 0.85 of its time at 50 % of the blocks, 0.69 at 25 %, 0.48 at 12.5 %; 512 channels, 14 x 14: 0.71, 0.44, 0.26
-(benchmarks/sparse_conv.py). Filling in the weight costs well under a hundredth for a batch, up to a twentieth for one small image.
+channel that no block uses is read. Forward and backward against torch's dense convolution on one core of a shared and busy AMD EPYC, 3 x 3, 256 channels,
+2 images of 28 x 28, blocks of 32: 0.79 of its time at 50 % of the blocks, 0.51 at 25 %, 0.42 at 12.5 %; 512 channels, 14 x 14: 0.80, 0.37, 0.25
+(benchmarks/sparse_conv.py). Above half of the blocks, where the dense one is taken, 1.00 to 1.18 with one or two images: filling in the weight takes time.
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
@@ -339,8 +339,8 @@ class Conv2d(_Conv):
     """nn.Conv2d with a weight that is zero outside the blocks of (output channels, input channels) that `layout` (out_channels, in_channels) keeps.
 
     weight (kept, br, bc, *kernel_size), bias (out_channels); `kernel_size`, `stride`, `padding` (with zeros; ints, "same" or "valid") and `dilation` as
-    torch has them; `gate` as in `Linear`. Initialised like torch's, with the number of inputs that each output really has. The windows of the input take
-    prod(kernel_size) times its memory. See `EdgeBias` for what padding does to the border.
+    torch has them; `gate` as in `Linear`. Initialised like torch's, with the number of inputs that each output really has. See `EdgeBias` for what
+    padding does to the border.
     """
 
     dims = 2
