@@ -6,8 +6,8 @@ The mark: the mean undiscounted return of the last 100 training episodes is at l
 a process of its own pinned to one core, and timed from the start of the process (imports included) and from the start of training (environments, model and
 optimizer still to be made). A run that does not reach the mark counts as the cap. Before the race one of our runs fills the cache of the speed plan, as the
 first run on any machine does; its time is in the results as `ours_first`. CPU seconds stand beside wall-clock ones: on a machine that does other work too
-they are the steadier. Prints one row, writes benchmarks/results/ppo_cartpole.json, and exits with 1
-where the ratio of the median times from the start of training is below the target.
+they are the steadier. Prints one row, writes benchmarks/results/ppo_cartpole.json, and exits with 1 where the ratio of the median times from the start of
+training is below the target, or our own median above 2 s.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MARK, EPISODES, TARGET, CAP = 475.0, 100, 10.0, 300.0
+SECONDS = 2.0  # the most that ours may take, by the median
 HERE = Path(__file__).resolve()
 
 
@@ -100,6 +101,7 @@ def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each side, seeds 0, 1, … (default 5)")
+    parser.add_argument("--peer-seeds", type=int, help="so many runs of theirs only, the first ones")
     parser.add_argument("--peer-python", default=sys.executable, help="python that has stable-baselines3 (default: this one, with the extra `peers`)")
     parser.add_argument("--core", type=int, default=None, help="core to pin everything to (default: the first allowed)")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -118,6 +120,8 @@ def main() -> int:
         first = child(sys.executable, "ours", 1000, cache)
         for seed in range(options.seeds):
             for side, python in (("ours", sys.executable), ("theirs", options.peer_python)):
+                if side == "theirs" and seed >= (options.seeds if options.peer_seeds is None else options.peer_seeds):
+                    continue
                 row = child(python, side, seed, cache)
                 rows[side].append(row)
                 times = f"{row['from_training']:7.2f} s from training, {row['from_process']:7.2f} s from process"
@@ -138,7 +142,8 @@ def main() -> int:
     result = {
         "mark": f"mean return of the last {EPISODES} training episodes >= {MARK}",
         "target_ratio": TARGET,
-        "met": ratio >= TARGET and every,
+        "target_seconds": SECONDS,
+        "met": ratio >= TARGET and every and summary["from_training"]["ours"] <= SECONDS,
         "summary": summary,
         "ours_reached": sum(row["reached"] for row in rows["ours"]),
         "theirs_reached": sum(row["reached"] for row in rows["theirs"]),
@@ -154,8 +159,9 @@ def main() -> int:
     for clock, name in (("from_training", "training"), ("from_process", "process"), ("cpu_from_training", "training, CPU time")):
         s = summary[clock]
         sys.stdout.write(
-            f"CartPole-v1 to {MARK:.0f}, one core, {options.seeds} seeds, from the start of the {name}: ours {s['ours']:.2f} s, stable-baselines3 "
-            f"{s['theirs']:.2f} s, {s['ratio']} times sooner (95 % interval {s['interval95'][0]} to {s['interval95'][1]})\n"
+            f"CartPole-v1 to {MARK:.0f}, one core, {options.seeds} seeds ({len(rows['theirs'])} of theirs), from the start of the {name}: ours "
+            f"{s['ours']:.2f} s, stable-baselines3 {s['theirs']:.2f} s, {s['ratio']} times sooner "
+            f"(95 % interval {s['interval95'][0]} to {s['interval95'][1]})\n"
         )
     return 0 if result["met"] else 1
 

@@ -82,7 +82,7 @@ def child(words: list[str]) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))}
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
-    late = [value for step, value in row.pop("episodes") if step > 0.8 * row["steps"]]
+    late = [value for step, value in row.pop("episodes") if step >= 0.8 * row["steps"]]
     row["return"] = round(statistics.fmean(late), 1) if late else None
     return row | {"per_second": round(row["steps"] / row["seconds"], 1), "per_cpu_second": round(row["steps"] / row["cpu"], 1)}
 

@@ -3,6 +3,7 @@
     python benchmarks/sparse_cpu.py                      # every row, about half an hour
     python benchmarks/sparse_cpu.py --quick              # a few rows, two minutes
     python benchmarks/sparse_cpu.py --threads one --only products
+    python benchmarks/sparse_cpu.py --threads one --only products never_slower --dtypes bfloat16
 
 Overhead is time / (dense time x density): 1.00 means that the time falls exactly with the density. All candidates of a row are timed in turn, in
 shuffled order, each after one call that is not timed, and the medians of the ratios are reported. Forward is a Linear layer without bias as users call
@@ -31,6 +32,7 @@ from torch.nn import functional
 from onetorch.sparse import Layout, Linear, attention, choice, cpu, dds, patterns, to_bsr
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+ROUNDS = 5  # at least
 DENSITIES = (0.5, 0.25, 0.1, 0.05, 0.02)
 # dtype, blocks, one thread or all, tokens, the most overhead at each density
 PRODUCTS = (
@@ -45,17 +47,20 @@ PRODUCTS = (
 
 
 def interleaved(candidates, seconds, rounds=None):
-    """{name: function} -> {name: [seconds, ...]}, all timed in every round, in shuffled order, each after a call that brings its code and data in."""
+    """{name: function} -> {name: [seconds, ...]}, all timed in every round, in shuffled order, each after a call that brings its code and data in. On one
+    thread the seconds are that thread's own, which do not count what others do on its core.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     order = list(candidates)
     times = {name: [] for name in order}
     end = time.perf_counter() + seconds
-    while len(times[order[0]]) < (rounds or 5) or (rounds is None and time.perf_counter() < end):
+    while len(times[order[0]]) < (rounds or ROUNDS) or (rounds is None and time.perf_counter() < end):
         random.shuffle(order)
         for name in order:
             candidates[name]()
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
         if time.perf_counter() > end + 20:
             break
     return times
@@ -101,7 +106,7 @@ def train_by_hand(bsr, transposed, x, grad):
 def products(report, arguments):
     peak = {}
     for name, blocks, which, tokens, targets in PRODUCTS:
-        if arguments.threads not in (which, "both"):
+        if arguments.threads not in (which, "both") or name not in arguments.dtypes:
             continue
         dtype = getattr(torch, name)
         torch.set_num_threads(1 if which == "one" else arguments.cores)
@@ -162,7 +167,7 @@ def products(report, arguments):
 
 def never_slower(report, arguments):
     """Time over dense time, at densities where sparsity has least to give, and for few tokens."""
-    for name in ("float32", "bfloat16"):
+    for name in arguments.dtypes:
         dtype = getattr(torch, name)
         torch.set_num_threads(1 if arguments.threads == "one" else arguments.cores)
         dense = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype)
@@ -193,7 +198,7 @@ def few_tokens(report, arguments):
     machine's peak: below it no kernel can come.
     """
     torch.set_num_threads(1 if arguments.threads == "one" else arguments.cores)
-    for name in ("float32", "bfloat16"):
+    for name in arguments.dtypes:
         dtype = getattr(torch, name)
         peak = machine_peak(dtype)
         for tokens in (1, 4, 8, 16, 64):
@@ -213,7 +218,7 @@ def few_tokens(report, arguments):
 
 def attentions(report, arguments):
     sdpa = functional.scaled_dot_product_attention
-    for name in ("float32", "bfloat16"):
+    for name in arguments.dtypes:
         dtype = getattr(torch, name)
         for which in ("one", "all"):
             if arguments.threads not in (which, "both"):
@@ -270,6 +275,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few rows")
     parser.add_argument("--threads", choices=("one", "all", "both"), default="both")
     parser.add_argument("--only", choices=tuple(PARTS), nargs="*", default=tuple(PARTS))
+    parser.add_argument("--dtypes", choices=("float32", "bfloat16"), nargs="*", default=("float32", "bfloat16"))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
     parser.add_argument("--size", type=int, default=2048, help="of the square weights of `products`")
     parser.add_argument("--cores", type=int, default=torch.get_num_threads(), help="what `all` means")

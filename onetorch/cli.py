@@ -825,18 +825,22 @@ def _explain(run: Any) -> None:
     if not phases:
         _print("no phases: the algorithm has no run.phase(…) in its loop")
         return
-    ceilings: dict[str, float] = {}
-    if "environment" in phases and plan.get("num_envs") and plan.get("backend"):
-        from onetorch.rl import envs
-
-        ceilings["environment"] = envs.speed(run.config.env, plan["num_envs"], plan["backend"])
     seconds, unit = sum(phases.values()), progress["unit"].removesuffix("s")
     count = (progress["done"] - run.first) * progress["scale"]
+    ceilings: dict[str, str] = {}
+    num_envs = plan.get("num_envs") or getattr(run.config, "num_envs", None)
+    if "environment" in phases and num_envs and plan.get("backend"):
+        from onetorch.rl import envs
+
+        ceilings["environment"] = f"{envs.speed(run.config.env, num_envs, plan['backend']):,.0f} {unit}s/s, the environments alone"
+    if products := run.ceiling():
+        flops, peak = products
+        limit = f"{peak * count / flops:,.0f} {unit}s/s, the FLOPs of its model at the {peak / 1e9:,.0f} GFLOP/s of matrix products"
+        ceilings["gradient" if "gradient" in phases else "update"] = limit
     rows = [("PHASE", "SECONDS", "SHARE", f"us a {unit}", f"{unit}s/s", "THIS MACHINE AT MOST")]
     for name, spent in [*sorted(phases.items(), key=lambda item: -item[1]), ("all", seconds)]:
-        limit = f"{ceilings[name]:,.0f} {unit}s/s, the environments alone" if name in ceilings else ""
         rate = f"{count / spent:,.0f}" if spent > 0 else ""
-        rows.append((name, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %", f"{1e6 * spent / count:.2f}" if count else "", rate, limit))
+        rows.append((name, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %", f"{1e6 * spent / count:.2f}" if count else "", rate, ceilings.get(name, "")))
     _table(rows)
 
 

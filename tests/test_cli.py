@@ -290,6 +290,45 @@ def test_explain_says_where_the_time_went(say: Any) -> None:
     assert float(table["all"][5].replace(",", "")) < ceiling
 
 
+ON_POLICY = "--env CartPole-v1 --total_steps 256 --batch_size 128 --plan threads=1,backend=native,num_envs=8"
+OFF_POLICY = "--total_steps 60 --random_steps 20 --update_after 20 --batch_size 8 --hidden 16 --plan threads=1,dtype=float32"
+ONE_WAY = "threads=1,dtype=float32,attention=explicit"
+ACTING = {"environment", "action", "update", "logging"}
+LEARNING = {"batch", "gradient", "update", "evaluation", "logging"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "phases"),
+    [
+        ("vpg", ON_POLICY, ACTING),
+        ("trpo", ON_POLICY, ACTING),
+        ("sac", OFF_POLICY, ACTING),
+        ("td3", OFF_POLICY, ACTING),
+        ("ddpg", OFF_POLICY, ACTING),
+        ("dqn", "--total_steps 256 --update_after 64 --plan threads=1,backend=native", ACTING | {"replay"}),
+        ("gpt", "--data text --steps 3 --batch 4 --context 16 --width 24 --ngram_rows 50 --plan " + ONE_WAY, LEARNING),
+        ("diffusion", "--steps 3 --batch 8 --width 16 --depth 1 --heads 2 --eval_samples 8 --sample_steps 2 --warmup 1 --plan " + ONE_WAY, LEARNING),
+    ],
+)
+def test_every_algorithm_says_where_its_time_goes(recipe: str, words: str, phases: set[str], say: Any) -> None:
+    Path("text").write_text("so much depends upon a red wheel barrow " * 100)
+    code, out, err = say("train", recipe, *words.split(), "--dir", "run", "--explain")
+    assert code == 0, err
+    lines = out.splitlines()
+    table = {line.split()[0]: line.split() for line in lines[1 : len(phases) + 3]}
+    assert table.keys() == phases | {"rest", "all"}
+    named = sum(float(table[name][1]) for name in phases)
+    assert named > 0.5 * float(table["all"][1])  # of the time most has a name
+    if phases == LEARNING:
+        limit = re.search(r"([\d,]+) steps/s, the FLOPs of its model at the ([\d,]+) GFLOP/s", next(line for line in lines if line.startswith("gradient")))
+        assert limit
+        assert float(limit[1].replace(",", "")) > float(table["all"][5].replace(",", ""))
+    else:
+        assert "GFLOP/s" not in "".join(lines[: len(phases) + 3])  # nothing counted them
+    if recipe in ("vpg", "trpo", "dqn"):
+        assert "the environments alone" in next(line for line in lines if line.startswith("environment"))
+
+
 def test_explain_of_an_algorithm_without_phases_says_so(say: Any) -> None:
     code, out, _ = say("train", str(IDEA), "--steps", "2", "--dir", "run", "--explain")
     assert code == 0

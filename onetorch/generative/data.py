@@ -1,7 +1,10 @@
-"""Text as bytes: a file or a folder of files, its three splits, and the batches and windows cut from them.
+"""Text as bytes, a file or a folder of files, or shards of tokens made elsewhere; the three splits, and the batches and windows cut from them.
 
 A text is a read-only uint8 array. Its last tenth is the validation split, the tenth before it the tuning split, the rest is for training; a run that is to be
 reported trains on all but the validation split. Choose hyperparameters on the tuning split and look at the validation split once, at the end.
+
+Shards are files of token numbers, mapped and not read into memory: `.bin` as nanoGPT's preparations write it (uint16, nothing else; or after the header of
+1,024 bytes that llm.c puts before it) and `.npy` of uint16 or uint32. Files whose name holds "val" are the validation split, where there are any.
 """
 
 import hashlib
@@ -9,7 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +27,47 @@ LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 FRACTION = 10  # validation and tuning split are one part in so many of the whole each
 
 
+HEADER, HEADER_MAGIC = 1024, 20240520  # bytes of llm.c's header, and the int32 that it begins with
+
+
+class Shards:
+    """Arrays of whole numbers one after another, indexed as one: by a slice without step (again Shards) or by an array of places (an int64 array).
+
+    `held_out` is how many at the end are the validation split by the names of their files.
+    """
+
+    def __init__(self, arrays: list[NDArray[np.unsignedinteger]], held_out: int = 0) -> None:
+        self.arrays, self.held_out = arrays, held_out
+        self._ends = np.cumsum([a.size for a in arrays], dtype=np.int64)
+        self.size = int(self._ends[-1]) if arrays else 0
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            begin, end, _ = at.indices(self.size)
+            starts = self._ends - [a.size for a in self.arrays]
+            cut = [a[max(begin - s, 0) : max(end - s, 0)] for a, s in zip(self.arrays, starts.tolist(), strict=True)]
+            return Shards([a for a in cut if a.size])
+        found = np.empty(at.shape, np.int64)
+        shard = np.searchsorted(self._ends, at, "right")
+        for i in np.unique(shard):
+            here = shard == i
+            found[here] = self.arrays[i][at[here] - (self._ends[i] - self.arrays[i].size)]
+        return found
+
+    def largest(self) -> int:
+        """The largest number of all."""
+        return max(int(a.max()) for a in self.arrays)
+
+
+Tokens = NDArray[np.unsignedinteger] | Shards  # a text is one of these: its tokens are its bytes
+
+
 class Splits(NamedTuple):
     """The parts of a text that a model is trained on, chosen by, and reported on; in this order in the text."""
 
-    train: Text
-    tuning: Text
-    validation: Text
+    train: Any
+    tuning: Any
+    validation: Any
 
 
 def read(path: Path | None) -> Text:
@@ -55,6 +93,56 @@ def read(path: Path | None) -> Text:
         return np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise UsageError(f"data {path} cannot be read: {error.strerror}") from error
+
+
+def shards(path: Path | None) -> Shards | None:
+    """The token shards that a `.bin` or `.npy` file or a folder of them is, or None where the path is something else: a text, pictures, or not there.
+
+    In a folder the shards stand side by side, in the order of their names; other files are passed over where one shard has "train" in its name, as in
+    nanoGPT's folders, and else a folder that holds any is none of shards. Raises UsageError naming a file that cannot be read or holds no tokens.
+    """
+    if path is None or not path.exists():
+        return None
+    files = [path]
+    if path.is_dir():
+        seen = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = [p for p in seen if p.suffix in (".bin", ".npy")]
+        if len(files) < len(seen) and not any("train" in p.stem for p in files):
+            return None
+    arrays = [_shard(p) for p in files]
+    found = [a for a in arrays if a is not None]
+    if not found:
+        return None
+    for file, array in zip(files, arrays, strict=True):
+        if array is None:
+            raise UsageError(f"data {file}: expected a row of uint16 or uint32 as in the shards beside it")
+    training = [a for a, p in zip(found, files, strict=True) if "val" not in p.stem]
+    held_out = [a for a, p in zip(found, files, strict=True) if "val" in p.stem]
+    return Shards(training + held_out, sum(a.size for a in held_out) if training else 0)
+
+
+def _shard(path: Path) -> NDArray[np.unsignedinteger] | None:
+    """A file's tokens; None where it is an array of something else, or no shard by its name."""
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return array if array.dtype in (np.uint16, np.uint32) and array.ndim == 1 and array.size else None
+        if path.suffix != ".bin":
+            return None
+        size, begin = path.stat().st_size, 0
+        with open(path, "rb") as file:
+            magic, count = (int.from_bytes(file.read(n)[-4:], "little") for n in (4, 8))
+        if magic == HEADER_MAGIC:
+            begin = HEADER
+            if size != HEADER + 2 * count:
+                raise UsageError(f"data {path}: its header says {count:,} tokens of 2 bytes, {size - HEADER:,} bytes follow it; the file is not whole")
+        if size % 2 or size <= begin:
+            raise UsageError(f"data {path}: expected tokens of 2 bytes each (uint16), got {size:,} bytes; a text goes by another ending than .bin")
+        return np.memmap(path, "<u2", "r", begin)
+    except OSError as error:
+        raise UsageError(f"data {path} cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"data {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _array(path: Path) -> Text:
@@ -94,29 +182,38 @@ def _join(files: list[Path], folder: Path, otherwise: str) -> Text:
     return np.frombuffer(joined, dtype=np.uint8)
 
 
-def digest(text: Text) -> str:
+def digest(text: Tokens) -> str:
     """The first 16 hexadecimal digits of the text's sha-256, by which a resumed run knows its data."""
-    return hashlib.sha256(text.data).hexdigest()[:16]
+    whole = hashlib.sha256()
+    for array in text.arrays if isinstance(text, Shards) else [text]:
+        whole.update(array.data)
+    return whole.hexdigest()[:16]
 
 
-def split(text: Text, context: int, name: Path | str | None = None) -> Splits:
-    """Cut a text into train (first 8/10), tuning (next 1/10) and validation (last 1/10), views all three.
+def split(text: Any, context: int, name: Path | str | None = None) -> Splits:
+    """Cut a text into train (first 8/10), tuning (next 1/10) and validation (last 1/10), views all three; shards that name a validation split into that,
+    and the rest into train (first 9/10) and tuning.
 
-    Raises UsageError when a part does not hold two windows (of `context` bytes and the one that follows).
+    Raises UsageError when a part does not hold two windows (of `context` tokens and the one that follows).
     """
-    if text.dtype != np.uint8 or text.ndim != 1:
+    if not isinstance(text, Shards) and (text.dtype != np.uint8 or text.ndim != 1):
         raise ValueError(f"split: expected a one-dimensional uint8 array, got {text.dtype} of shape {text.shape}")
-    last, before = (text.size * (FRACTION - k) // FRACTION for k in (1, 2))
+    if isinstance(text, Shards) and text.held_out:
+        last = text.size - text.held_out
+        before = last * (FRACTION - 1) // FRACTION
+    else:
+        last, before = (text.size * (FRACTION - k) // FRACTION for k in (1, 2))
     parts = Splits(text[:before], text[before:last], text[last:])
     if min(p.size for p in parts) < 2 * context + 1:
+        unit = "tokens" if isinstance(text, Shards) else "bytes"
         raise UsageError(
-            f"data {name or ''}: too short, {text.size:,} bytes; a tenth of the text must hold two windows of context = {context} bytes, "
-            f"for which {FRACTION * (2 * context + 1):,} bytes are enough; give more text or a smaller --context"
+            f"data {name or ''}: too short, {text.size:,} {unit}; a tenth of the text must hold two windows of context = {context} {unit}, "
+            f"for which {FRACTION * (2 * context + 1):,} {unit} are enough; give more text or a smaller --context"
         )
     return parts
 
 
-def parts(text: Text, context: int, held_out: Literal["validation", "tuning"], name: Path | str | None = None) -> tuple[Text, Text]:
+def parts(text: Any, context: int, held_out: Literal["validation", "tuning"], name: Path | str | None = None) -> tuple[Any, Any]:
     """(what to train on, what to evaluate on): all but the last tenth and the last tenth, or, for tuning, the first 8/10 and the tenth after them."""
     cut = split(text, context, name)
     if held_out == "tuning":
@@ -124,16 +221,16 @@ def parts(text: Text, context: int, held_out: Literal["validation", "tuning"], n
     return text[: cut.train.size + cut.tuning.size], cut.validation
 
 
-def batch(text: Text, size: int, context: int, generator: torch.Generator) -> Tensor:
-    """`size` windows of `context` + 1 bytes at random places, as an int64 tensor (size, context + 1); draws from `generator` alone."""
+def batch(text: Tokens, size: int, context: int, generator: torch.Generator) -> Tensor:
+    """`size` windows of `context` + 1 tokens at random places, as an int64 tensor (size, context + 1); draws from `generator` alone."""
     starts = torch.randint(text.size - context, (size, 1), generator=generator).numpy()  # (B, 1)
     return torch.from_numpy(text[starts + np.arange(context + 1)].astype(np.int64))  # (B, T + 1)
 
 
-def windows(text: Text, context: int, rows: int = 64, count: int | None = None) -> Iterator[Tensor]:
+def windows(text: Tokens, context: int, rows: int = 64, count: int | None = None) -> Iterator[Tensor]:
     """The text in windows that do not overlap, in batches of at most `rows`, as int64 tensors (rows, T + 1).
 
-    Window w holds bytes wT to wT + T, both ends included, so that every byte but the text's first is the target of one prediction, once. The last window
+    Window w holds tokens wT to wT + T, both ends included, so that every token but the text's first is the target of one prediction, once. The last window
     is shorter where the length asks for it. With `count`, only so many whole windows are taken, evenly spread over the text.
     """
     whole, rest = divmod(text.size - 1, context)
@@ -142,7 +239,7 @@ def windows(text: Text, context: int, rows: int = 64, count: int | None = None) 
         starts = chosen[i : i + rows, None] * context
         yield torch.from_numpy(text[starts + np.arange(context + 1)].astype(np.int64))
     if rest and len(chosen) == whole:
-        yield torch.from_numpy(text[whole * context :].astype(np.int64))[None]
+        yield torch.from_numpy(text[np.arange(whole * context, text.size)].astype(np.int64))[None]
 
 
 def block_standard_error(values: NDArray[np.float64], weights: NDArray[np.float64], blocks: int = 40) -> float:

@@ -13,12 +13,15 @@ LOOKED_AT = 1 << 20  # bytes of a text by which it is compressed, from its middl
 
 
 def describe(path: Path | None) -> list[tuple[str, str]]:
-    """Lines (what, finding) on a text, a folder of texts, an array of images or a folder of images; None is the standard library's source.
+    """Lines (what, finding) on a text, token shards, images, or a folder of one of these; None is the standard library's source.
 
     UsageError names the file that is missing, cannot be read or does not fit.
     """
     if path is not None and not path.exists():
         raise UsageError(f"data {path}: there is no such file or folder")
+    shards = data.shards(path)
+    if shards is not None:
+        return _shards(shards, path)
     if path is not None and (path.suffix in (".npy", ".npz") or (path.is_dir() and _pictures(path))):
         return _images(path)
     return _text(path)
@@ -56,6 +59,21 @@ def _text(path: Path | None) -> list[tuple[str, str]]:
     cut = data.split(text, 1, path)
     rows.append(("parts", f"{cut.train.size:,} bytes to train on, {cut.tuning.size:,} for tuning, {cut.validation.size:,} for validation"))
     rows.append(("context", f"at most {longest:,}"))
+    return rows
+
+
+def _shards(found: data.Shards, path: Path | None) -> list[tuple[str, str]]:
+    dtypes = ", ".join(sorted({str(a.dtype) for a in found.arrays}))
+    largest = found.largest()
+    rows = [("kind", "token shards, for gpt; what the tokens stand for is not known, so losses are nats per token")]
+    rows.append(("tokens", f"{found.size:,} in {len(found.arrays)} file{'s' * (len(found.arrays) > 1)}, {dtypes}"))
+    # 256 says that tokens are bytes.
+    rows.append(("vocabulary", f"the largest token is {largest:,}: --vocabulary {largest + 1 + (largest == 255)} or more"))
+    rows.append(("sha-256", data.digest(found) + "…"))
+    cut = data.split(found, 1, path)
+    named = "by the names of the files" if found.held_out else "the last tenth"
+    rows.append(("parts", f"{cut.train.size:,} tokens to train on, {cut.tuning.size:,} for tuning, {cut.validation.size:,} for validation ({named})"))
+    rows.append(("context", f"at most {(min(part.size for part in cut) - 1) // 2:,}"))
     return rows
 
 

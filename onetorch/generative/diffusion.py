@@ -499,14 +499,17 @@ def train(config: Config, run: Run) -> Diffusion:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
+        run.phase("batch")
         loss = losses(model, x0, t, eps, labels).mean()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
+        run.phase("gradient")
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         state.ema.update()
+        run.phase("update")
         last = state.iteration == config.steps
         evaluated: dict[str, float] = {}
         if last or state.iteration % config.eval_every == 0:
@@ -514,8 +517,10 @@ def train(config: Config, run: Run) -> Diffusion:
                 evaluated = validate(model, data, held_out, run.media / f"samples-{state.iteration:08}.png")
         if last:
             state.ema.keep(config.ema)
+        run.phase("evaluation")
         run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
+        run.phase("logging")
     return model
 
 

@@ -1,29 +1,32 @@
-"""GPT on bytes: a decoder-only transformer that predicts the next byte of any text.
+"""GPT: a decoder-only transformer that predicts the next token of any text: its bytes, or those of a byte-pair vocabulary learnt from it (`vocabulary.py`).
 
 The model is that of Radford et al. (2019) with what has proved quick to train since: rotary positions (Su et al. 2021), normalized queries and keys (Henry
-et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed byte n-grams beside
-those of single bytes (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
+et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed n-grams beside
+those of single tokens (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
 (Jordan et al. 2024), which makes the update orthogonal, embeddings and head by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022).
 Weights are float32; the arithmetic may be bfloat16.
 
-| symbol | shape     | meaning                                     |
-|--------|-----------|---------------------------------------------|
-| B      |           | windows in a batch                          |
-| T      |           | bytes of context                            |
-| C      |           | width of the residual stream                |
-| H, D   |           | heads and their width, H D = C              |
-| x      | (B, T, C) | residual stream                             |
-| q k v  | (B,H,T,D) | queries, keys, values                       |
-| loss   |           | nats per byte; bits per byte = loss / ln 2  |
+The learnt vocabulary is a buffer of the model, so that it is in every checkpoint and model folder, under their hashes. Whatever the tokens are, a text is
+judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is.
+
+| symbol | shape     | meaning                                                    |
+|--------|-----------|------------------------------------------------------------|
+| B      |           | windows in a batch                                         |
+| T      |           | tokens of context                                          |
+| V      |           | tokens of the vocabulary, 256 where they are the bytes     |
+| C      |           | width of the residual stream                               |
+| H, D   |           | heads and their width, H D = C                             |
+| x      | (B, T, C) | residual stream                                            |
+| q k v  | (B,H,T,D) | queries, keys, values                                      |
+| loss   |           | nats per token                                             |
 """
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,30 +36,32 @@ from torch import Tensor, nn
 from onetorch.generative import attention, data, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
+from onetorch.generative.vocabulary import BYTES, Vocabulary, learn
 from onetorch.runs import distributed, provenance
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.run import Run
 
-BYTES = 256
+UNKNOWN = "nats per token only: the bytes of token shards are not known, and so no bits per byte"
 
 
 @dataclass(frozen=True)
 class Config:
-    data: Path | None = None  # a text file or a folder of text files; none: the source of Python's standard library
+    data: Path | None = None  # a text file or a folder of text files, or token shards; none: the source of Python's standard library
+    vocabulary: int = 256  # tokens: 256 are the bytes, more are byte pairs learnt from the text trained on; of shards, above their largest number
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last tenth; or, to choose settings, on the tenth before it, untrained too
     seed: int = 0  # of weights and batches
     steps: int = 1000  # optimizer steps
     batch: int = 16  # windows in a step
-    context: int = 256  # bytes in a window
+    context: int = 256  # tokens in a window
     layers: int = 2  # transformer blocks
     heads: int = 3  # attention heads in a block
     width: int = 192  # of the residual stream; a multiple of 2 * heads
-    ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the byte n-grams that are embedded too
+    ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the n-grams of tokens that are embedded too
     ngram_rows: int = 131_072  # rows of the table of hashed n-grams, shared by all orders
     ngram_width: int = 32  # columns of it
-    attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a byte sees: all before it, or a pattern of the Sparse Transformer
-    stride: int = 128  # of the sparse patterns, in bytes
-    rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi bytes
+    attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a token sees: all before it, or a pattern of the Sparse Transformer
+    stride: int = 128  # of the sparse patterns, in tokens
+    rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi tokens
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else is trained by Adam
     lr_matrix: float = 0.04  # its step size
     lr_embedding: float = 0.1  # Adam's step size: embeddings
@@ -89,6 +94,8 @@ class Config:
         for name in ("batch_stages", "context_stages"):
             if not getattr(self, name) or not all(0 < fraction <= 1 for fraction in getattr(self, name)):
                 raise ValueError(f"{name} must be fractions above 0 and at most 1, got {getattr(self, name)}")
+        if not 2 <= self.vocabulary <= 1 << 20:
+            raise ValueError(f"vocabulary must lie in 2 to {1 << 20}, got {self.vocabulary}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads}, got {self.width}")
         if self.attention != "dense" and not 64 <= self.stride <= self.context:
@@ -156,32 +163,42 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Logits of the next byte. `dtype` is that of the arithmetic and `path` the attention's way; the speed plan sets both, they are no part of the model."""
+    """Logits of the next token. `dtype` is that of the arithmetic and `path` the attention's way; the speed plan sets both, they are no part of the model."""
 
     rotary: Tensor  # (2, context, 1, 1, D)
+    merges: Tensor  # (V - 256, 2) int32, of the vocabulary; -1 as long as none is known
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.dtype, self.path = config, torch.float32, paths(config)[0]
-        self.bytes = nn.Embedding(BYTES, config.width)
+        self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.ngrams = nn.Embedding(config.ngram_rows, config.ngram_width)
         nn.init.normal_(self.ngrams.weight, std=0.02)
         self.mix = Linear(config.ngram_width, config.width)
         for p in (self.ngrams.weight, self.mix.weight):
             p.requires_grad_(bool(config.ngram_orders))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = Linear(config.width, BYTES, scale=0.0)
+        self.head = Linear(config.width, config.vocabulary, scale=0.0)
         D = config.width // config.heads
         angle = torch.arange(config.context)[:, None] * config.rotary_base ** -(torch.arange(D // 2) * 2 / D)  # (T, D / 2)
         cos_sin = torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], 1)])  # (2, T, D)
         self.register_buffer("rotary", cos_sin[:, :, None, None], persistent=False)
+        if config.vocabulary != BYTES:
+            self.register_buffer("merges", torch.full((max(config.vocabulary - BYTES, 0), 2), -1, dtype=torch.int32))
         self._seen: dict[int, list[attention.Pattern]] = {}
 
+    def vocabulary(self) -> Vocabulary | None:
+        """What the tokens stand for; None where it is not known: of token shards, or not learnt yet."""
+        if self.config.vocabulary == BYTES:
+            return Vocabulary(np.zeros((0, 2), np.int32))
+        known = self.merges.numel() and bool((self.merges >= 0).any())
+        return Vocabulary(self.merges.cpu().numpy()) if known else None
+
     def hashed(self, tokens: Tensor) -> Tensor:
-        """Rows (B, T, len(orders)) of the table for the n-grams that end at each byte; a window begins as after bytes of a kind of their own."""
-        key, rows = tokens + 1, []
+        """Rows (B, T, len(orders)) of the table for the n-grams that end at each token; a window begins as after tokens of a kind of their own."""
+        key, rows, base = tokens + 1, [], (self.config.vocabulary + 1) | 1  # odd, so that no token is shifted out of the 64 bits
         for n in range(2, max(self.config.ngram_orders, default=1) + 1):
-            key = key * (BYTES + 1) + F.pad(tokens + 1, (n - 1, 0))[:, : tokens.size(1)]
+            key = key * base + F.pad(tokens + 1, (n - 1, 0))[:, : tokens.size(1)]
             if n in self.config.ngram_orders:
                 rows.append((key * 0x9E3779B97F4A7C1 >> 20) % self.config.ngram_rows)  # multiplicative hashing; the product wraps
         return torch.stack(rows, -1)
@@ -194,12 +211,12 @@ class GPT(nn.Module):
         return self._seen[T]
 
     def forward(self, tokens: Tensor, cache: attention.Cache | None = None) -> Tensor:
-        """Logits (B, T, 256) float32 of the byte after each of tokens (B, T) int64, T at most the context.
+        """Logits (B, T, V) float32 of the token after each of tokens (B, T) int64, T at most the context.
 
         With a cache the first `cache.length` tokens have been seen already, and the logits are those after the others.
         """
         start, T = cache.length if cache else 0, tokens.size(1)
-        x = self.bytes(tokens[:, start:]).to(self.dtype)  # (B, T, C)
+        x = self.tokens(tokens[:, start:]).to(self.dtype)  # (B, T, C)
         if self.config.ngram_orders:
             since = max(start + 1 - max(self.config.ngram_orders), 0)  # no n-gram reaches farther back
             x = x + self.mix(self.ngrams(self.hashed(tokens[:, since:])[:, start - since :]).sum(2).to(self.dtype))
@@ -231,8 +248,8 @@ def paths(config: Config) -> tuple[str, ...]:
 
 
 def nll(model: nn.Module, window: Tensor) -> Tensor:
-    """-ln p (B, T) of each byte of window (B, T + 1) but the first, given those before it in the window."""
-    logits = model(window[:, :-1])  # (B, T, 256)
+    """-ln p (B, T) of each token of window (B, T + 1) but the first, given those before it in the window."""
+    logits = model(window[:, :-1])  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
 
 
@@ -241,8 +258,8 @@ def build(config: Config) -> GPT:
 
 
 def example(config: Config) -> Tensor:
-    """A window of bytes (1, T) for the module to answer, when it is shared."""
-    return torch.randint(BYTES, (1, min(32, config.context)))
+    """A window of tokens (1, T) for the module to answer, when it is shared."""
+    return torch.randint(config.vocabulary, (1, min(32, config.context)))
 
 
 def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
@@ -255,7 +272,7 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
     grown = math.sqrt(config.batch / (config.base_batch or config.batch))
     narrowed = (config.base_width or config.width) / config.width
     matrices: dict[str, Any] = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
-    tables = {"params": [model.bytes.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
+    tables = {"params": [model.tokens.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
     head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
     mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
     if config.optimizer == "muon":
@@ -266,9 +283,9 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
 
 
 def flops(config: Config, T: int) -> float:
-    """Floating point operations of a training step on one window of T bytes: two for each weight of a matrix and byte forward, twice that backward, and for
+    """Floating point operations of a training step on one window of T tokens: two for each weight of a matrix and token forward, twice that backward, and for
     each pair of query and key that attention's mathematics asks for 4 D forward and 8 D backward. Table look-ups cost none."""
-    weights = config.layers * 12 * config.width**2 + config.width * (BYTES + config.ngram_width * bool(config.ngram_orders))
+    weights = config.layers * 12 * config.width**2 + config.width * (config.vocabulary + config.ngram_width * bool(config.ngram_orders))
     seen = [None if config.attention == "dense" else attention.pattern(config.attention, T, config.stride, i, config.heads) for i in range(config.layers)]
     return 6.0 * weights * T + 12.0 * config.width / config.heads * sum(attention.pairs(p, T, config.heads) for p in seen)
 
@@ -281,18 +298,19 @@ class State:
     ema: EMA
     divergence: Divergence
     generator: torch.Generator  # draws the batches: the position in the data
-    text: str  # digest of the text
+    text: str  # digest of the data
     tokens: int = 0  # seen so far
     iteration: int = 0
 
 
 def train(config: Config, run: Run) -> GPT:
-    text = data.read(config.data)
-    train_text, held_out = data.parts(text, config.context, config.held_out, config.data)
+    text = read(config)
+    parts = data.parts(text, config.context, config.held_out, config.data)
     torch.manual_seed(config.seed)
     plan = run.plan(
         lambda choice: trial(config, choice),
-        key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride}",
+        key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride} "
+        f"{config.vocabulary}",
         attention=paths(config),
         dtype=("float32", "bfloat16"),
         threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
@@ -305,6 +323,9 @@ def train(config: Config, run: Run) -> GPT:
     state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, digest))
     if state.text != digest:
         raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
+    train_tokens, held_out = spell(model, parts, config)
+    if model.vocabulary() is None:
+        run.say(UNKNOWN)
     network = distributed.wrap(model)
     cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
@@ -314,7 +335,7 @@ def train(config: Config, run: Run) -> GPT:
             group["lr"] = group["rate"] * factor
         rows = max(round(config.batch * schedules.staged(state.iteration, config.steps, config.batch_stages)), 1)
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
-        window = data.batch(train_text, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
+        window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
         loss = distributed.mean(gradient(network, window, config.accumulate))
         grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
@@ -343,6 +364,39 @@ def train(config: Config, run: Run) -> GPT:
     return model
 
 
+def read(config: Config) -> Any:
+    """The data, a text or shards; UsageError where the vocabulary is not made for them."""
+    shards = data.shards(config.data)
+    if shards is None:
+        if config.vocabulary < BYTES:
+            raise UsageError(f"vocabulary must be at least {BYTES} for a text, got {config.vocabulary}")
+        return data.read(config.data)
+    largest = shards.largest()
+    if config.vocabulary == BYTES:
+        raise UsageError(f"data {config.data} are token shards, with numbers up to {largest:,}: give their vocabulary with --vocabulary (256 is for bytes)")
+    if largest >= config.vocabulary:
+        raise UsageError(f"data {config.data}: the largest token is {largest:,}; --vocabulary must be above it, got {config.vocabulary:,}")
+    return shards
+
+
+def spell(model: GPT, parts: tuple[Any, Any], config: Config) -> tuple[data.Tokens, data.Tokens]:
+    """The data's parts in the model's tokens. A model that has no vocabulary yet learns one from the first, the part that is trained on."""
+    if isinstance(parts[0], data.Shards):
+        return parts
+    vocabulary = model.vocabulary()
+    if vocabulary is None:
+        try:
+            merges = learn(parts[0], config.vocabulary)
+        except ValueError as error:
+            raise UsageError(f"vocabulary: {error}") from error
+        model.merges.copy_(torch.from_numpy(merges))
+        vocabulary = Vocabulary(merges)
+    spelt = vocabulary.encode(parts[0]), vocabulary.encode(parts[1])
+    if min(p.size for p in spelt) < 2 * config.context + 1:
+        raise UsageError(f"data {config.data or ''}: too short, {spelt[1].size:,} tokens held out; {2 * config.context + 1:,} hold two windows of the context")
+    return spelt
+
+
 def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
     """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
     total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
@@ -363,31 +417,55 @@ def prepare(model: GPT, choice: dict) -> GPT:
 def trial(config: Config, choice: dict):
     """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
     model = prepare(build(config), choice)
-    window = torch.randint(BYTES, (-(-config.batch // 4), config.context + 1), device=choice["device"])
+    window = torch.randint(config.vocabulary, (-(-config.batch // 4), config.context + 1), device=choice["device"])
     return lambda: nll(model, window).mean().backward()
 
 
+class Score(NamedTuple):
+    loss: float  # nats per token
+    loss_se: float
+    tokens: int  # predicted
+    bpb: float | None  # bits per byte; None where the tokens' bytes are not known
+    bpb_se: float | None
+    bytes: int | None
+
+    def columns(self, prefix: str = "") -> dict[str, float]:
+        """The loss, and bits per byte or else the loss's error."""
+        found = {"loss": self.loss, "loss_se": self.loss_se} if self.bpb is None else {"loss": self.loss, "bpb": self.bpb, "bpb_se": self.bpb_se}
+        return {prefix + name: value for name, value in found.items() if value is not None}
+
+
 @torch.no_grad()
-def score(model: GPT, text: data.Text, count: int | None = None) -> tuple[float, float, int]:
-    """(loss, its standard error, bytes predicted) over the text's windows, or over `count` of them, evenly spread; nats per byte.
+def score(model: GPT, tokens: data.Tokens, count: int | None = None) -> Score:
+    """Every token but the first is predicted, in windows that do not overlap, or in `count` of them, evenly spread.
 
-    The error is that of batch means: windows are taken together in up to 40 runs of neighbours, whose likeness a window's own variance would hide.
+    The errors are those of batch means: windows are taken together in up to 40 runs of neighbours, whose likeness a window's own variance would hide. Bits
+    per byte are a ratio of two sums, whose error is that of its windows' ratios, each weighted by its bytes.
     """
-    device = model.head.weight.device
+    device, vocabulary = model.head.weight.device, model.vocabulary()
     rows = max(64 * 256 // model.config.context, 1)
-    losses = [nll(model, w.to(device)).double().cpu() for w in data.windows(text, model.config.context, rows, count)]
-    means = np.concatenate([x.mean(1).numpy() for x in losses])
-    sizes = np.concatenate([np.full(len(x), float(x.size(1))) for x in losses])
-    return float(means @ sizes / sizes.sum()), data.block_standard_error(means, sizes), int(sizes.sum())
+    nats, sizes, lengths = [], [], []
+    for window in data.windows(tokens, model.config.context, rows, count):
+        losses = nll(model, window.to(device)).double().cpu()
+        nats.append(losses.sum(1).numpy())
+        sizes.append(np.full(len(losses), float(losses.size(1))))
+        if vocabulary is not None:
+            lengths.append(vocabulary.lengths[window[:, 1:].numpy()].sum(1).astype(float))
+    n, t = np.concatenate(nats), np.concatenate(sizes)
+    known: tuple[float | None, float | None, int | None] = (None, None, None)
+    if vocabulary is not None:
+        b = np.concatenate(lengths)
+        known = (float(n.sum() / b.sum()) / math.log(2), data.block_standard_error(n / b, b) / math.log(2), int(b.sum()))
+    return Score(float(n.sum() / t.sum()), data.block_standard_error(n / t, t), int(t.sum()), *known)
 
 
-def validate(model: GPT, ema: EMA, held_out: data.Text, config: Config) -> dict[str, float]:
+def validate(model: GPT, ema: EMA, held_out: data.Tokens, config: Config) -> dict[str, float]:
     """The columns of an evaluation during training: of the weights themselves and of each of their averages."""
-    loss, se, _ = score(model, held_out, config.eval_windows)
-    columns = {"val_loss": loss, "val_bpb": loss / math.log(2), "val_bpb_se": se / math.log(2)}
+    columns = score(model, held_out, config.eval_windows).columns("val_")
     for rate in ema.rates:
         with ema.swapped(rate):
-            columns[f"val_bpb_ema_{rate:g}"] = score(model, held_out, config.eval_windows)[0] / math.log(2)
+            found = score(model, held_out, config.eval_windows)
+        columns |= {f"val_loss_ema_{rate:g}": found.loss} if found.bpb is None else {f"val_bpb_ema_{rate:g}": found.bpb}
     return columns
 
 
@@ -397,46 +475,31 @@ def show(model: GPT, ema: EMA, config: Config) -> str:
     for rate in (None, *ema.rates[:1]) if config.eval_samples else ():
         with ema.swapped(rate):
             generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
-            texts = generate(model, b"\n", 400, generator, config.eval_samples, 0.8, seconds=seconds)
+            texts = write(model, "\n", 400, generator, config.eval_samples, temperature=0.8, seconds=seconds)
         name = f", average {rate:g}" if rate is not None else ""
-        parts += [f"--- sample {i}{name} ---\n{t.decode(errors='replace')}\n" for i, t in enumerate(texts, 1)]
+        parts += [f"--- sample {i}{name} ---\n{t}\n" for i, t in enumerate(texts, 1)]
     return "\n".join(parts)
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: bytes,
-    length: int,
-    generator: torch.Generator,
-    rows: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    *,
-    cached: bool = True,
-    seconds: float = math.inf,
-) -> list[bytes]:
-    """`rows` continuations of `prompt` (one byte at least) by `length` bytes, each returned with the prompt before it; shorter where `seconds` are over.
+def generate(model: GPT, prompt: bytes, length: int, generator: torch.Generator, rows: int = 1, **how: Any) -> list[bytes]:
+    """`rows` continuations of `prompt` (one byte at least) by `length` tokens, each returned with the prompt before it, as bytes; `how`: see `sampling.go_on`.
 
-    The model sees at most its context: when that is full it begins again with the last half. A cache keeps the keys and values of what it has seen; without
-    it (`cached`) the text is the same and takes longer.
+    ValueError where there is no prompt, or the model's tokens have no known bytes.
     """
+    vocabulary = model.vocabulary()
+    if vocabulary is None:
+        raise ValueError("the bytes of this model's tokens are not known: sampling.go_on gives token numbers")
     if not prompt:
         raise ValueError("prompt must hold at least one byte, got none")
-    device, context, end = model.head.weight.device, model.config.context, time.perf_counter() + seconds
-    tokens = torch.tensor(list(prompt), device=device).repeat(rows, 1)  # (rows, bytes so far)
-    begin, cache = max(tokens.size(1) - context, 0), attention.Cache()
-    for _ in range(length):
-        if time.perf_counter() > end:
-            break
-        if tokens.size(1) - begin > context:
-            begin, cache = tokens.size(1) - max(context // 2, 1), attention.Cache()
-        logits = model(tokens[:, begin:], cache if cached else None)[:, -1]  # (rows, 256)
-        chosen = sampling.sample(logits.cpu(), generator, temperature, top_k, top_p, min_p)
-        tokens = torch.cat([tokens, chosen.to(device)[:, None]], 1)
-    return [bytes(row) for row in tokens.tolist()]
+    start = vocabulary.encode(np.frombuffer(prompt, np.uint8)).tolist()
+    return [vocabulary.decode(row) for row in sampling.go_on(model, start, length, generator, rows, **how)]
+
+
+def write(model: GPT, prompt: str, length: int, generator: torch.Generator, rows: int, **how: Any) -> list[str]:
+    """Samples to be looked at: text, or the numbers of tokens that follow token 0 where nobody knows what they stand for."""
+    if model.vocabulary() is None:
+        return [" ".join(map(str, row)) for row in sampling.go_on(model, [0], length, generator, rows, **how)]
+    return [t.decode(errors="replace") for t in generate(model, prompt.encode(), length, generator, rows, **how)]
 
 
 def evaluate(
@@ -454,9 +517,9 @@ def evaluate(
     min_p: float = 0.0,
     count_model: bool = True,
 ) -> dict[str, float | int | str]:
-    """Bits per byte on the held-out split with standard error, beside those of the count model; samples to media/samples.txt.
+    """Bits per byte on the held-out split with standard error, beside those of the count model; of token shards nats per token. Samples to media/samples.txt.
 
-    windows: how many are scored, evenly spread; none: all. samples, length (bytes), prompt, temperature, top_k, top_p, min_p: of the text that is written.
+    windows: how many are scored, evenly spread; none: all. samples, length (tokens), prompt, temperature, top_k, top_p, min_p: of the text that is written.
     Raises UsageError naming an option that is out of range.
     """
     for name, value, least in (("windows", windows, 2), ("samples", samples, 1), ("length", length, 1), ("prompt's length", len(prompt), 1)):
@@ -466,16 +529,20 @@ def evaluate(
         sampling.check(temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    text = data.read(config.data)
-    train_text, held_out = data.parts(text, config.context, config.held_out, config.data)
-    loss, se, count = score(model, held_out, windows)
-    results: dict[str, float | int | str] = {"bpb": loss / math.log(2), "bpb_se": se / math.log(2), "loss": loss}
-    if count_model:
-        results["ngram_bpb"] = ngram.bits_per_byte(train_text, held_out)
-    results |= {"bytes": count, "parameters": sum(p.numel() for p in model.parameters())}
+    parts = data.parts(read(config), config.context, config.held_out, config.data)
+    found = score(model, spell(model, parts, config)[1], windows)
+    results: dict[str, float | int | str] = {"bpb": found.bpb, "bpb_se": found.bpb_se} if found.bpb is not None and found.bpb_se is not None else {}
+    results |= {"loss": found.loss, "loss_se": found.loss_se, "tokens": found.tokens}
+    if found.bytes is None:
+        results["note"] = UNKNOWN
+    else:
+        results["bytes"] = found.bytes
+        if count_model:
+            results["ngram_bpb"] = ngram.bits_per_byte(*parts)
+    results["parameters"] = sum(p.numel() for p in model.parameters())
     if media is not None:
         generator = torch.Generator().manual_seed(config.seed)
-        texts = generate(model, prompt.encode(), length, generator, samples, temperature, top_k, top_p, min_p)
-        written = "\n\n".join(f"--- sample {i} ---\n{t.decode(errors='replace')}" for i, t in enumerate(texts, 1))
+        texts = write(model, prompt, length, generator, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        written = "\n\n".join(f"--- sample {i} ---\n{t}" for i, t in enumerate(texts, 1))
         (media / "samples.txt").write_text(written + "\n", encoding="utf-8")
     return results

@@ -1,7 +1,13 @@
-"""Choosing the next symbol from logits."""
+"""Choosing the next symbol from logits, and going on from a beginning by a model that gives them."""
+
+import math
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from onetorch.generative.attention import Cache
 
 
 def check(temperature: float, top_k: int, top_p: float = 1.0, min_p: float = 0.0) -> None:
@@ -53,3 +59,39 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 def sample(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """One symbol (B,) int64 for each row of logits (B, V), drawn from `probabilities` with `generator`."""
     return torch.multinomial(probabilities(logits, temperature, top_k, top_p, min_p), 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def go_on(
+    model: Any,
+    start: list[int],
+    length: int,
+    generator: torch.Generator,
+    rows: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    cached: bool = True,
+    seconds: float = math.inf,
+) -> list[list[int]]:
+    """`rows` continuations of the tokens `start` (one at least) by `length`, each with `start` before it; shorter where `seconds` are over.
+
+    The model sees at most its context: when that is full it begins again with the last half. A cache keeps the keys and values of what it has seen; without
+    it (`cached`) the tokens are the same and take longer. `model(tokens, cache)` gives logits of the tokens after them, `model.config.context` is the context.
+    """
+    if not start:
+        raise ValueError("start must hold at least one token, got none")
+    device, context, end = next(model.parameters()).device, model.config.context, time.perf_counter() + seconds
+    tokens = torch.tensor(start, device=device).repeat(rows, 1)  # (rows, tokens so far)
+    begin, cache = max(tokens.size(1) - context, 0), Cache()
+    for _ in range(length):
+        if time.perf_counter() > end:
+            break
+        if tokens.size(1) - begin > context:
+            begin, cache = tokens.size(1) - max(context // 2, 1), Cache()
+        logits = model(tokens[:, begin:], cache if cached else None)[:, -1]  # (rows, V)
+        chosen = sample(logits.cpu(), generator, temperature, top_k, top_p, min_p)
+        tokens = torch.cat([tokens, chosen.to(device)[:, None]], 1)
+    return tokens.tolist()

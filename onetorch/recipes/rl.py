@@ -5,7 +5,7 @@ from typing import Any
 from onetorch.recipes import recipe
 
 
-@recipe("ppo", reaches="mean return 475 of 500 after 90,000 steps, 2 s on one core")
+@recipe("ppo", reaches="mean return 475 of 500 after 90,000 steps, 0.6 s on one core")
 def ppo(Config: Any) -> Any:
     """Proximal Policy Optimization (PPO-Clip), Schulman et al. 2017, arXiv:1707.06347."""
     return Config()
@@ -85,6 +85,24 @@ def vpg_halfcheetah(Config: Any) -> Any:
 def vpg_spinningup(Config: Any) -> Any:
     """Vanilla policy gradient with Spinning Up's own hyper-parameters."""
     return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)
+
+
+@recipe("dqn", reaches="mean return 466 of 500 after 50,000 steps (median 499, 268 to 500 over 10 seeds), 37 CPU-s on one core of a busy machine")
+def dqn(Config: Any) -> Any:
+    """Deep Q-Network (DQN), Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518."""
+    return Config()
+
+
+@recipe("dqn", reaches="mean return -80 after 100,000 steps (-82 to -78 over the 3 seeds its settings were chosen on), 80 CPU-s on one core")
+def dqn_acrobot(Config: Any) -> Any:
+    """DQN on Acrobot-v1."""
+    return Config(env="Acrobot-v1", total_steps=100_000, batch_size=128, lr=5e-4, hidden=(256, 256))  # the defaults: -81.5
+
+
+@recipe("dqn", reaches="mean return 137 after 100,000 steps (103 to 178 over the 3 seeds its settings were chosen on), 65 CPU-s on one core")
+def dqn_lunarlander(Config: Any) -> Any:
+    """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
+    return Config(env="LunarLander-v3", total_steps=100_000, batch_size=128, epsilon=0.05)
 
 
 # Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.

@@ -208,15 +208,16 @@ def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]
         loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
-        optimizer.zero_grad()
-        values.backward(torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1)))
+        slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
+        grads = torch.autograd.grad(values, params, slopes)
         if isinstance(replay, PrioritizedReplay):
             replay.prioritize(rows, error)
-        grads = [p.grad for p in params]
         grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         run.finite(loss=loss, grad_norm=grad_norm)
         if grad_norm > config.max_grad_norm:
             torch._foreach_mul_(grads, config.max_grad_norm / grad_norm)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
         optimizer.step()
         state.updates += 1
         if state.updates % config.target_every == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from onetorch.rl.envs import Envs, Spaces
-from onetorch.rl.nets import ActorCritic, RunningNorm
+from onetorch.rl.nets import ActorCritic, Adam, RunningNorm
 from onetorch.rl.returns import discounted_return, gae
 from onetorch.runs.run import Run
 
@@ -66,7 +66,7 @@ def collect(
 
     obs = model.normalize(raw)
     logp, _ = model.logp(obs.flatten(0, 1), act.flatten(0, 1))
-    value = model.value(obs)
+    value = model.value(obs.flatten(0, 1)).view_as(reward)
     next_value = torch.cat((value[1:], model.value(model.normalize(raw_next[-1:]))))
     next_value[truncated] = model.value(model.normalize(raw_next[truncated]))  # the time limit is not the task's: what would have followed has a value
     adv = gae(reward, value, next_value, terminated, truncated, gamma, lam)
@@ -77,16 +77,16 @@ def collect(
 
 
 def fit_value(
-    model: ActorCritic, optimizer: torch.optim.Optimizer, obs: Tensor, ret: Tensor, epochs: int, minibatches: int, run: Run | None = None
+    model: ActorCritic, optimizer: Adam, obs: Tensor, ret: Tensor, epochs: int, minibatches: int, run: Run | None = None
 ) -> float:
     """`epochs` passes of `minibatches` gradient steps each on E[ (V(s) - R)^2 ] / 2 at obs (B, D) and ret (B,). Returns the mean loss of the last pass.
 
-    Only the critic has gradients, so that `optimizer` moves nothing else.
+    `optimizer` is the critic's: it moves nothing else.
     """
     losses: list[Tensor] = []
     for _ in range(epochs):
         order, losses = torch.randperm(len(obs)), []
-        for part, target in zip(obs[order].chunk(minibatches), ret[order].chunk(minibatches), strict=True):
+        for part, target in zip(*(x.index_select(0, order).chunk(minibatches) for x in (obs, ret)), strict=True):
             loss = 0.5 * (model.value(part) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()

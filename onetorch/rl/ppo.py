@@ -19,8 +19,8 @@ What is known to matter (Engstrom et al. 2020, arXiv:2005.12729; Andrychowicz et
 details of proximal policy optimization"): observation normalisation for continuous control, a last policy layer that starts near zero, GAE with lambda
 near 0.95, a step size that falls, advantages of unit variance, and values beyond a time limit. A clipped value loss has not been found to help.
 
-Speed: with nets this small the number of calls is the cost, and tanh. So the noise of a batch is drawn at once, log-probabilities and values are computed
-for the whole batch after it is collected, minibatches are large, Adam sees one vector of weights, and the default's layers are ReLU.
+Speed: with nets this small the number of calls is the cost. So the noise of a batch is drawn at once, log-probabilities and values are computed
+for the whole batch after it is collected, minibatches are large, and Adam sees one vector of weights. The nets' passes are one call each (`stacks`).
 """
 
 import math
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic, flat_parameters
+from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
@@ -93,7 +93,7 @@ class State:
     """All that is needed to go on bit for bit."""
 
     model: ActorCritic
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
     envs: environments.Envs
     reward_norm: RewardNorm | None
     iteration: int = 0
@@ -115,8 +115,7 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
-    groups = [model.parameters()] if config.value_lr is None else [model.policy_parameters(), model.v.parameters()]
-    optimizer = torch.optim.Adam([{"params": [flat_parameters(list(params))]} for params in groups], lr=config.lr, eps=1e-5, fused=True)
+    optimizer = Adam((model.policy_parameters(), config.lr), (model.v.parameters(), config.value_lr or config.lr), eps=1e-5)
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
     return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
 
@@ -142,13 +141,10 @@ def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dic
 def update(config: Config, state: State, batch: dict[str, Tensor], left: float = 1.0, run: Run | None = None) -> dict[str, float | None]:
     """Epochs of minibatch gradient steps on one batch, with `left` of the step size. Returns what the last epoch saw, each minibatch before its step."""
     model, optimizer = state.model, state.optimizer
-    flat = [group["params"][0] for group in optimizer.param_groups]
-    for group, lr in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=False):
-        group["lr"] = (lr or config.lr) * left
     data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
     for _ in range(config.epochs):
         order, seen = torch.randperm(len(data[0])), []
-        for obs, act, logp_old, adv, value_old, ret in zip(*(x[order].chunk(config.minibatches) for x in data), strict=True):
+        for obs, act, logp_old, adv, value_old, ret in zip(*(x.index_select(0, order).chunk(config.minibatches) for x in data), strict=True):
             logp, entropy = model.logp(obs, act)
             log_ratio, entropy = logp - logp_old, entropy.mean()
             pi_loss = policy_loss(log_ratio, adv, config.clip)
@@ -156,12 +152,12 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
             loss = pi_loss + config.value_coef * v_loss
             if config.entropy_coef:
                 loss = loss - config.entropy_coef * entropy
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(flat, config.max_grad_norm or math.inf)
+            grad_norm = optimizer.clip(config.max_grad_norm or math.inf)
             if run:
                 run.finite(loss=loss, grad_norm=grad_norm)
-            optimizer.step()
+            optimizer.step(left)
             seen.append((log_ratio.detach(), pi_loss.detach(), v_loss.detach(), entropy.detach()))
         log_ratios, *means = zip(*seen, strict=True)
         log_ratio = torch.cat(log_ratios)

@@ -1,8 +1,8 @@
 """Stacks of small MLPs, twin critics say, whose forward and backward pass are one call each.
 
 On nets this small the cost is not the arithmetic alone: a matrix library's call on 256 rows reaches a third of what the core can do, and the operations
-between (bias, ReLU, their gradients, casts) cost as much again. So on a CPU with a C++ compiler both passes are one C++ function, `csrc/mlp.cpp`, built
-once; elsewhere the same in plain torch. Both are differentiable in the usual way: nothing in the algorithms knows of it.
+between (bias, activation, their gradients, casts) cost as much again; torch's tanh costs more than both. So on a CPU with a C++ compiler both passes are one
+C++ function, `csrc/mlp.cpp`, built once; elsewhere the same in plain torch. Both are differentiable in the usual way: nothing in the algorithms knows of it.
 
 All weights of a stack lie in one flat parameter. So an optimizer's step, a moving average and a copy are one operation each. In a state dict they
 nevertheless stand under the names and in the shapes that an `nn.ModuleList` of `nn.Sequential` of `nn.Linear` gives them.
@@ -11,7 +11,7 @@ nevertheless stand under the names and in the shapes that an `nn.ModuleList` of 
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from onetorch.sparse import cpu
 
+NATIVE = ("relu", "tanh")  # activations of the C++ passes, numbered as there
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "silu": F.silu}
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -30,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     lib = cpu.built(Path(__file__).parent / "csrc")
     if lib is not None:
         i64, pointer = ctypes.c_int64, ctypes.c_void_p
-        sizes: list[Any] = [ctypes.c_int, i64, i64, i64, ctypes.POINTER(i64)]
+        sizes: list[Any] = [ctypes.c_int, ctypes.c_int, i64, i64, i64, ctypes.POINTER(i64)]
         lib.onetorch_mlp_forward.argtypes = [*sizes, *[pointer] * 4, ctypes.c_int]
         lib.onetorch_mlp_backward.argtypes = [*sizes, *[pointer] * 7, ctypes.c_int]
     return lib
@@ -51,7 +54,8 @@ class _Pass(torch.autograd.Function):
         assert lib is not None
         x, B = x.contiguous(), len(x)
         hidden, out = torch.empty(count * B * sum(stack.sizes[1:-1])), torch.empty(count, B, stack.sizes[-1])
-        ctx.shape = (int(stack.dtype == "bfloat16"), count, B, len(stack.sizes) - 1, (ctypes.c_int64 * len(stack.sizes))(*stack.sizes))
+        kind, sizes = NATIVE.index(stack.activation), (ctypes.c_int64 * len(stack.sizes))(*stack.sizes)
+        ctx.shape = (int(stack.dtype == "bfloat16"), kind, count, B, len(stack.sizes) - 1, sizes)
         ctx.save_for_backward(x, flat, hidden)
         ctx.widest, ctx.whole = max(stack.sizes), count == (stack.count or 1)
         lib.onetorch_mlp_forward(*ctx.shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
@@ -73,16 +77,16 @@ class _Pass(torch.autograd.Function):
 
 
 class Stack(nn.Module):
-    """`count` MLPs of one shape with ReLU between the layers, each with weights of its own.
+    """`count` MLPs of one shape with `activation` ("relu", "tanh" or "silu") between the layers, each with weights of its own.
 
     x (B, sizes[0]), the same for all -> (count, B, sizes[-1]); with count = None one MLP, -> (B, sizes[-1]). `dtype` "bfloat16" makes the products between
     hidden layers of at least 64 units bfloat16 ones, with sums, weights and all else in float32; `dtypes()` says where that is possible. Weights and biases
     begin uniform between ±1 / sqrt(fan_in), torch's default, with which the published results of SAC and TD3 were reached.
     """
 
-    def __init__(self, count: int | None, sizes: Sequence[int]) -> None:
+    def __init__(self, count: int | None, sizes: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
-        self.count, self.sizes, self.dtype = count, tuple(sizes), "float32"
+        self.count, self.sizes, self.activation, self.dtype = count, tuple(sizes), activation, "float32"
         shapes = [shape for fan_in, fan_out in pairwise(sizes) for shape in ((fan_out, fan_in), (fan_out,))]
         bounds = [1 / math.sqrt(fan_in) for fan_in in self.sizes[:-1] for _ in range(2)]
         self.shapes = shapes * (count or 1)
@@ -95,7 +99,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, frozen: bool = False, first: int | None = None) -> Tensor:
         """`frozen`: gradients flow to x alone. `first`: only so many of the nets are asked."""
         flat, count = self.flat.detach() if frozen else self.flat, first or self.count or 1
-        if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and library() is not None:
+        if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and self.activation in NATIVE and library() is not None:
             out = _Pass.apply(x, flat, self, count)
         else:
             parts = iter(self.split(flat))
@@ -106,7 +110,7 @@ class Stack(nn.Module):
         last = len(self.sizes) - 2
         for i in range(last + 1):
             x = F.linear(x, next(parts), next(parts))
-            x = x if i == last else x.relu_()
+            x = x if i == last else ACTIVATIONS[self.activation](x)
         return x
 
     def names(self) -> list[str]:

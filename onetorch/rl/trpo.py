@@ -34,7 +34,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
@@ -92,7 +92,7 @@ class State:
     """All that is needed to go on bit for bit."""
 
     model: ActorCritic
-    optimizer: torch.optim.Optimizer  # the critic's
+    optimizer: Adam  # the critic's
     envs: environments.Envs
     reward_norm: RewardNorm | None
     iteration: int = 0
@@ -103,7 +103,7 @@ def spaces(config: Config) -> environments.Spaces:
 
 
 def build(config: Config) -> ActorCritic:
-    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std)
+    return ActorCritic(spaces(config), config.hidden, config.activation, config.normalize_obs, config.log_std, twice=True)
 
 
 def example(config: Config) -> Tensor:
@@ -114,7 +114,7 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
-    optimizer = torch.optim.Adam(model.v.parameters(), lr=config.value_lr, fused=True)
+    optimizer = Adam((model.v.parameters(), config.value_lr))
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
     return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.run import Run
@@ -81,7 +81,8 @@ class State:
     """All that is needed to go on bit for bit."""
 
     model: ActorCritic
-    optimizer: torch.optim.Optimizer
+    pi_optimizer: Adam
+    v_optimizer: Adam
     envs: environments.Envs
     reward_norm: RewardNorm | None
     iteration: int = 0
@@ -103,10 +104,10 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, num_envs: int, backend: str) -> State:
     torch.manual_seed(config.seed)
     model = build(config)
-    groups = [{"params": model.policy_parameters(), "lr": config.lr}, {"params": list(model.v.parameters()), "lr": config.value_lr}]
+    pi_optimizer, v_optimizer = Adam((model.policy_parameters(), config.lr)), Adam((model.v.parameters(), config.value_lr))
     reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
     envs = environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack)
-    return State(model, torch.optim.Adam(groups, fused=True), envs, reward_norm)
+    return State(model, pi_optimizer, v_optimizer, envs, reward_norm)
 
 
 def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
@@ -120,17 +121,17 @@ def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dic
 
 def update(config: Config, state: State, batch: dict[str, Tensor], run: Run | None = None) -> dict[str, float | None]:
     """One step of the policy on the whole batch, then the critic's."""
-    model, optimizer = state.model, state.optimizer
+    model, optimizer = state.model, state.pi_optimizer
     logp, entropy = model.logp(batch["obs"], batch["act"])
     pi_loss, entropy = policy_loss(logp, batch["adv"]), entropy.mean()
     loss = pi_loss - config.entropy_coef * entropy
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.policy_parameters() if p.grad is not None])
+    grad_norm = optimizer.grad.norm()
     if run:
         run.finite(loss=loss, grad_norm=grad_norm)
-    optimizer.step()  # of the policy alone: the critic has no gradients here, as the policy has none in fit_value
-    v_loss = fit_value(model, optimizer, batch["obs"], batch["ret"], config.value_epochs, config.value_minibatches, run)
+    optimizer.step()
+    v_loss = fit_value(model, state.v_optimizer, batch["obs"], batch["ret"], config.value_epochs, config.value_minibatches, run)
     with torch.no_grad():
         moved = model.logp(batch["obs"], batch["act"])[0] - batch["logp"]
     return {

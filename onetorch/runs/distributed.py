@@ -56,6 +56,8 @@ def join(place: str) -> None:
 def leave() -> None:
     """The end of working together; process 0 may go on alone."""
     if world() > 1:
+        dist.barrier()  # none goes while another may still be waiting for it
+        wrapped.clear()  # what holds the group would end it at the interpreter's end, when its threads can no longer be joined
         dist.destroy_process_group()
 
 

@@ -116,6 +116,7 @@ class Run:
         self._last_step: int | None = None
         self._logged = 0.0  # when the last row was, or the loop began
         self._peak: float | None = None
+        self._flops = 0.0  # that `log` was told of in this process's loop
         self._phases: dict[str, float] = {}  # seconds of this process's loop
         self._loop = (0.0, 0.0)  # when the loop began and ended, on the clock of perf_counter
         self.first = 0  # iterations that were done when this process's loop began
@@ -392,7 +393,7 @@ class Run:
         self._start_signals()
         self._looping = True
         self._logged = time.perf_counter()
-        self._phases = {}
+        self._phases, self._flops = {}, 0.0
         self._loop = (time.perf_counter(), math.inf)
         try:
             for iteration in range(done + 1, total + 1):
@@ -442,6 +443,7 @@ class Run:
         if not values.keys().isdisjoint(folder.TIMES):
             raise ValueError(f"log: {', '.join(folder.TIMES)} are written by the run; call yours otherwise")
         if flops is not None:
+            self._flops += flops
             row["mfu"] = round(flops / self._peak_flops() / (now - self._logged), 6)
         self._logged = time.perf_counter()
         try:
@@ -486,6 +488,10 @@ class Run:
         """Seconds of this process's loop by phase, the rest included; empty where the loop names none."""
         begin, end = self._loop
         return self._phases and self._phases | {"rest": min(end, time.perf_counter()) - begin - sum(self._phases.values())}
+
+    def ceiling(self) -> tuple[float, float] | None:
+        """(FLOP that `log` was told of in this process's loop, FLOP/s that matrix products reach on this machine); None where it was told of none."""
+        return (self._flops, self._peak_flops()) if self._flops else None
 
     def show(self, **values: float) -> None:
         """The numbers beside the progress bar; else the first three that are logged."""

@@ -3,23 +3,40 @@
     layer = Conv2d(256, 512, 3, patterns.balanced_random((512, 256), 32, density=0.25), padding=1)
     y = layer(x)                                       # (N, 256, H, W) -> (N, 512, H, W)
 
-A convolution is one block-sparse product with the windows of the input laid out as columns. Laying them out takes time of its own:
-on a CPU these layers save weights and memory of the optimizer but not yet time (3 x 3, 256 channels, 28 x 28, forward and backward on one core:
-1.35 of torch's dense convolution at 25 % of the blocks, 1.09 at 10 %). Convolutions after openai/blocksparse (Gray, Radford, Kingma:
+With stride 1, in float32 and float64 on the CPU, each row of kernel positions is one block-sparse product with the input, channels last, seen through a
+window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`; mostly
+above half of the blocks), and for every other stride, dtype and device, the weight is filled in and torch's dense convolution is taken; there a NaN in a
+channel that no block uses is read. Forward and backward against torch's dense convolution on one core of a shared and busy AMD EPYC, 3 x 3, 256 channels, 8
+images of 28 x 28, blocks of 32: 0.85 of its time at 50 % of the blocks, 0.69 at 25 %, 0.48 at 12.5 %; 512 channels, 14 x 14: 0.71, 0.44, 0.26
+(benchmarks/sparse_conv.py). Filling in the weight costs well under a hundredth for a batch, up to a twentieth for one small image.
+Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
 
+import functools
+import itertools
+import json
 import math
-from typing import Literal
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _accumulator, dds
+from onetorch.sparse.products import _dds, _sdd
 
 Size = int | tuple[int, ...]
+EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
+CHANNELS = 256
+measured: dict[str, tuple[float, float]] = {}  # what is known in this process
 
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
@@ -42,11 +59,152 @@ def _ends(padding: Size | str, kernel: tuple[int, ...], stride: tuple[int, ...],
     return [(p, p) for p in _sizes("padding", padding, len(kernel), 0)]
 
 
+class _Side(NamedTuple):
+    """A row of kernel positions (the last kernel dimension) as one block-sparse matrix (outputs, span inputs)."""
+
+    rows: Layout
+    order: Tensor  # where each of its blocks stands in (positions, kept)
+    transposed: Tensor  # where each kept block of this side stands among those of the other
+    positions: int
+
+
+def _sides(layout: Layout, positions: int, dilation: int) -> tuple[_Side, _Side]:
+    """Of the convolution and of the gradient of its input."""
+    turned = layout.transpose()
+    sides = []
+    for one, other in ((layout, turned), (turned, layout)):
+        (R, C), (br, bc), span = one.grid, one.block, (positions - 1) * dilation + 1
+        mask = one.mask.new_zeros(R, span, C)
+        mask[:, ::dilation] = one.mask[:, None]
+        rows = Layout._of(mask.flatten(1), one.block, (R * br, span * C * bc), positions * one.kept)
+        at = torch.arange(positions * one.kept, device=one.device).view(positions, one.kept)
+        number = torch.zeros(R, span, C, device=one.device, dtype=torch.int64)
+        r, c = one.rows.long(), one.columns.long() % C
+        number[r[None], torch.arange(positions, device=one.device)[:, None] * dilation, c[None]] = at
+        order = number.view(-1)[rows.rows.long() * span * C + rows.columns.long() % (span * C)]
+        sides.append(_Side(rows, order, other.index[other.index.shape[0] - 2 * one.kept : other.index.shape[0] - one.kept].long(), positions))
+    return sides[0], sides[1]
+
+
+def _turn(values: Tensor, sides: tuple[_Side, _Side]) -> Tensor:
+    """(rows, positions, kept, br, bc) of a convolution -> those of the convolution that is its transpose."""
+    return (values.flip(0, 1).index_select(2, sides[1].transposed) if values.numel() else values).mT
+
+
+class _Taps(torch.autograd.Function):
+    """x (L + E, inputs), values (rows, positions, kept, br, bc) -> (L, outputs): y[l] = sum over rows i of x[l + starts[i] : + span] against row i, where
+    E is the reach of the last. No window is laid out: that `span` rows of x follow each other in memory is all that a product needs.
+    """
+
+    @staticmethod
+    def forward(ctx, x, values, sides, starts):
+        ctx.save_for_backward(x, values)
+        ctx.sides, ctx.starts = sides, starts
+        rows, order = sides[0].rows, sides[0].order
+        each = zip(starts, values.flatten(1, 2).index_select(1, order), strict=True)
+        parts = (_dds(_windows(x, start, starts, rows), blocks[None], rows.index, None, *rows.shape, True) for start, blocks in each)
+        return functools.reduce(Tensor.add_, parts)[0, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values = ctx.saved_tensors
+        dx = _taps_of_input(grad, values, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
+        dvalues = _TapsWeight.apply(grad, x, ctx.sides, ctx.starts) if ctx.needs_input_grad[1] else None
+        return dx, dvalues, None, None
+
+
+class _TapsWeight(torch.autograd.Function):
+    """The gradient of the values of `_Taps` from that of its result, (L, outputs), and its x."""
+
+    @staticmethod
+    def forward(ctx, grad, x, sides, starts):
+        ctx.save_for_backward(grad, x)
+        ctx.sides, ctx.starts = sides, starts
+        rows, order = sides[0].rows, sides[0].order
+        made = []
+        for start in starts:
+            blocks = _sdd(grad.mT[None, None], _windows(x, start, starts, rows), rows.index, *rows.block, False)[0]
+            made.append(torch.empty_like(blocks).index_copy_(0, order, blocks))
+        return torch.stack(made).view(len(starts), sides[0].positions, sides[0].transposed.shape[0], *rows.block)
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        grad, x = ctx.saved_tensors
+        dgrad = _Taps.apply(x, dvalues, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
+        dx = _taps_of_input(grad, dvalues, ctx.sides, ctx.starts) if ctx.needs_input_grad[1] else None
+        return dgrad, dx, None, None
+
+
+def _reach(starts: tuple[int, ...], rows: Layout, channels: int) -> int:
+    return starts[-1] + rows.shape[1] // channels - 1
+
+
+def _windows(x: Tensor, start: int, starts: tuple[int, ...], rows: Layout) -> Tensor:
+    """(1, 1, L, span inputs), rows that overlap in memory."""
+    x = x.contiguous()
+    return x[start:].as_strided((1, 1, x.shape[0] - _reach(starts, rows, x.shape[1]), rows.shape[1]), (0, 0, x.shape[1], 1))
+
+
+def _taps_of_input(grad: Tensor, values: Tensor, sides: tuple[_Side, _Side], starts: tuple[int, ...]) -> Tensor:
+    reach = _reach(starts, sides[1].rows, grad.shape[1])
+    padded = nn.functional.pad(grad, (0, 0, reach, reach))
+    return _Taps.apply(padded, _turn(values, sides), sides[::-1], tuple(starts[-1] - start for start in reversed(starts)))
+
+
+@torch.compiler.assume_constant_result
+def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int) -> tuple[float, float]:
+    """(fixed, rising): forward and backward take fixed + rising * density of the time of torch's dense convolution on this machine, as measured once
+    (about a second) on one image of 28 x 28 and CHANNELS channels, and kept beside the compiled kernels, so that a run that goes on chooses as before.
+    """
+    lib = cpu.library()
+    if lib is None:
+        return 1.0, 1.0
+    width = 1 if taps == 1 else 3  # of a square kernel that stands for the others
+    key = f"conv {str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} kernel {width} threads {torch.get_num_threads()}"
+    if key in measured:
+        return measured[key]
+    path = Path(lib._name).with_suffix(f".conv-torch-{torch.__version__}.json")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        known[key] = [round(cost, 3) for cost in _measure(dtype, block, width)]
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(known, file, indent=1)
+        os.replace(file.name, path)
+    measured.update({name: (fixed, rising) for name, (fixed, rising) in known.items()})
+    return measured[key]
+
+
+def _measure(dtype: torch.dtype, block: tuple[int, int], width: int) -> tuple[float, float]:
+    grid = CHANNELS // block[0], CHANNELS // block[1]
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_()
+        dense = nn.Conv2d(CHANNELS, CHANNELS, width, padding=width // 2, dtype=dtype)
+        runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(dense, dense.weight)]
+        densities = []
+        for every in (4, 1):
+            mask = (torch.arange(grid[0])[:, None] + torch.arange(grid[1])) % every == 0
+            layer = Conv2d(CHANNELS, CHANNELS, width, Layout.from_mask(mask, block), padding=width // 2, dtype=dtype)
+            runs.append((functools.partial(layer._sparse, size=[28, 28]), layer.weight))
+            densities.append(layer.layout.density)
+        times: list[list[float]] = [[], [], []]
+        for round_ in range(5):
+            for (run, weight), taken in zip(runs, times, strict=True):
+                start = time.perf_counter()
+                y = run(x)
+                torch.autograd.grad(y, (x, weight), y)
+                if round_:  # the first warms up
+                    taken.append(time.perf_counter() - start)
+    grown = (28 / (28 + width // 2)) ** 2  # the padding's share is counted by who asks
+    low, high = [grown * statistics.median(s / d for s, d in zip(taken, times[0], strict=True)) for taken in times[1:]]
+    rising = max(0.0, (high - low) / (densities[1] - densities[0]))
+    return max(0.0, high - rising * densities[1]), rising
+
+
 class _Conv(BlockSparse):
     """See Conv2d."""
 
     dims: int
-    tiled: Layout
+    sides: tuple[_Side, _Side]
 
     def __init__(
         self,
@@ -79,9 +237,7 @@ class _Conv(BlockSparse):
 
     def _take(self, layout: Layout) -> None:
         super()._take(layout)
-        # A block of (br, bc) channels and its taps is, for each output, bc * taps numbers that follow each other: `taps` blocks of the same size.
-        columns = layout.grid[1] * layout.block[1] * self.taps
-        self.tiled = Layout._of(layout.mask.repeat_interleave(self.taps, 1), layout.block, (layout.shape[0], columns), layout.kept * self.taps)
+        self.sides = _sides(layout, self.kernel_size[-1], self.dilation[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) or without N -> (N, out_channels, *size'). ValueError where x does not fit."""
@@ -94,29 +250,56 @@ class _Conv(BlockSparse):
             size.append((n + before + after - (k - 1) * d - 1) // s + 1)
             if size[-1] < 1:
                 raise ValueError(f"x: expected sizes that hold the kernel {self.kernel_size}, got {tuple(x.shape)}")
-        # (N, P, channels taps), where channels are those of whole blocks; in float32 at least, since the backward pass adds up what the windows share
-        columns = self._windows(x.to(_accumulator(x.dtype)), size).to(x.dtype)
-        (br, bc), kept = self.layout.block, self.layout.kept
-        values = self.gated_weight().reshape(kept, br, self.taps, bc).transpose(1, 2).reshape(kept * self.taps, br, bc)
-        y = self._probed(dds(columns, values, self.tiled, transpose_sparse=True, bias=self.bias), columns)
-        return y.mT.unflatten(2, size)  # (N, out_channels, *size), channels last in memory
+        return self._dense(x) if self._dense_is_faster(x, size) else self._sparse(x, size)
 
-    def _windows(self, x: Tensor, size: list[int]) -> Tensor:
-        whole = self.layout.grid[1] * self.layout.block[1]
-        pads = [n for ends in reversed(self.padding) for n in ends] + [0, whole - self.in_channels]
-        x = nn.functional.pad(x, pads) if any(pads) else x
-        if self.dims < 3:
-            one = (1,) * (2 - self.dims)
-            flat = x if self.dims == 2 else x.unsqueeze(2)
-            return nn.functional.unfold(flat, (*one, *self.kernel_size), (*one, *self.dilation), 0, (*one, *self.stride)).mT
-        for dim, (n, k, s, d) in enumerate(zip(size, self.kernel_size, self.stride, self.dilation, strict=True)):
-            x = x.unfold(2 + dim, (k - 1) * d + 1, s)[..., ::d].narrow(2 + dim, 0, n)  # (N, C, sizes ..., kernel ...)
-        return x.movedim(1, 4).flatten(4).flatten(1, 3)
+    def _dense_is_faster(self, x: Tensor, size: list[int]) -> bool:
+        if self.probe is not None or x.device.type != "cpu" or x.dtype not in EXACT or torch.is_autocast_enabled("cpu") or any(s != 1 for s in self.stride):
+            return True
+        (R, C), (br, bc) = self.layout.grid, self.layout.block
+        grown = math.prod([max(n + max(ends), out) / out for n, out, ends in zip(x.shape[2:], size, self.padding, strict=True)])
+        grown *= R * br * C * bc / (self.out_channels * self.in_channels)
+        fixed, rising = costs_of(x.dtype, self.layout.block, math.prod(self.kernel_size))
+        moving = CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels)  # what does not fall with the density is work on the images
+        return grown * (fixed * moving + rising * self.layout.density) >= 0.95  # a twentieth is within the noise
+
+    def _dense(self, x: Tensor) -> Tensor:
+        weight = self.to_dense() if self.probe is None else self.to_dense() + self.probe
+        pads = [n for ends in reversed(self.padding) for n in ends]
+        if any(before != after for before, after in self.padding):
+            x, padding = nn.functional.pad(x, pads), (0,) * self.dims
+        else:
+            padding = tuple(before for before, _ in self.padding)
+        convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
+        return convolution(x, weight, self.bias, self.stride, padding, self.dilation)
+
+    def _sparse(self, x: Tensor, size: list[int]) -> Tensor:
+        """Stride 1. The images lie channels last, one after the other, as one long list of places. Zeros after each line, and lines of zeros after each
+        image, are the padding of this one's end and of the next one's beginning alike, so each kernel position is a shift of the list.
+        """
+        N, (R, C), (br, bc) = x.shape[0], self.layout.grid, self.layout.block
+        grown = [max(n + max(ends), out) for n, out, ends in zip(x.shape[2:], size, self.padding, strict=True)]
+        pitch = [math.prod(grown[dim + 1 :]) for dim in range(self.dims)]
+        places, first = N * math.prod(grown), sum(before * p for (before, _), p in zip(self.padding, pitch, strict=True))
+        steps = [range(0, k * d * p, d * p) for k, d, p in zip(self.kernel_size, self.dilation, pitch, strict=True)]
+        starts = tuple(sum(at) for at in itertools.product(*steps[:-1]))
+        reach = starts[-1] + steps[-1][-1]
+        flat = x.new_zeros(max(first + places, places + reach), C * bc)
+        inner = flat[first : first + places].view(N, *grown, C * bc)
+        inner[(slice(None), *(slice(n) for n in x.shape[2:]), slice(self.in_channels))] = x.movedim(1, -1)
+        values = self.gated_weight().flatten(3).movedim(3, 0).unflatten(0, (-1, self.kernel_size[-1]))
+        y = _Taps.apply(flat, values, self.sides, starts)[:places].view(N, *grown, R * br)
+        y = y[(slice(None), *(slice(n) for n in size), slice(self.out_channels))]
+        return (y if self.bias is None else y + self.bias).movedim(-1, 1)
 
     def to_dense(self) -> Tensor:
         """The weight, times the gates, as (out_channels, in_channels, *kernel_size). Differentiable."""
-        taps = self.gated_weight().flatten(3).movedim(3, 0)
-        return self.layout.to_dense(taps).movedim(0, 2).unflatten(2, self.kernel_size)
+        (R, C), (br, bc) = self.layout.grid, self.layout.block
+        blocks = self.gated_weight().flatten(2)  # (kept, br, bc taps)
+        if self.layout.kept < R * C:
+            at = self.layout.rows.long() * C + self.layout.columns.long()
+            blocks = blocks.new_zeros(R * C, *blocks.shape[1:]).index_copy(0, at, blocks)
+        dense = blocks.view(R, C, br, bc * self.taps).transpose(1, 2).reshape(R * br, C * bc, *self.kernel_size)
+        return dense[: self.out_channels, : self.in_channels]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -131,12 +314,12 @@ class _Conv(BlockSparse):
             self.bias.uniform_(-1, 1).mul_((bound * (inputs > 0)).repeat_interleave(br)[: self.out_channels])
 
     def new_probe(self) -> Tensor:
-        return self.weight.new_zeros(()).expand(self.tiled.shape).requires_grad_()
+        return self.weight.new_zeros(()).expand(self.out_channels, self.in_channels, *self.kernel_size).requires_grad_()
 
     def dense_blocks(self, dense: Tensor) -> Tensor:
         (R, C), (br, bc) = self.layout.grid, self.layout.block
-        padded = nn.functional.pad(dense, (0, 0, 0, R * br - self.out_channels))
-        return padded.view(R, br, C, bc * self.taps).square().sum((1, 3))
+        padded = nn.functional.pad(dense.flatten(2).square().sum(2), (0, C * bc - self.in_channels, 0, R * br - self.out_channels))
+        return padded.view(R, br, C, bc).sum((1, 3))
 
     def block_sizes(self) -> Tensor:
         return super().block_sizes() * self.taps

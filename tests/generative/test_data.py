@@ -127,3 +127,68 @@ def test_an_array_is_its_numbers_in_order_and_is_not_read_into_memory(tmp_path: 
     (tmp_path / "bad.npy").write_bytes(b"no array")
     with pytest.raises(UsageError, match=r"bad\.npy cannot be read"):
         data.read(tmp_path / "bad.npy")
+
+
+def bin_file(path: Path, tokens: list[int], head: bytes = b"") -> None:
+    path.write_bytes(head + np.array(tokens, "<u2").tobytes())
+
+
+def test_shards_are_one_sequence_with_validation_last(tmp_path: Path) -> None:
+    bin_file(tmp_path / "train_1.bin", list(range(20)))
+    bin_file(tmp_path / "val.bin", list(range(50, 60)))
+    np.save(tmp_path / "train_2.npy", np.arange(20, 40, dtype=np.uint32))
+    (tmp_path / "prepare.py").write_text("print()")
+    (tmp_path / "meta.pkl").write_bytes(b"\x80\0")
+    found = data.shards(tmp_path)
+    assert found is not None
+    assert not any(a.flags.owndata for a in found.arrays)
+    assert (found.size, found.held_out, found.largest()) == (50, 10, 59)
+    assert found[np.array([[19, 20], [39, 40]])].tolist() == [[19, 20], [39, 50]]
+    assert found[18:42][np.arange(24)].tolist() == [*range(18, 40), 50, 51]
+    assert found[np.arange(0)].tolist() == []
+    train, tuning, validation = data.split(found, 1)
+    assert (train.size, tuning.size, validation.size) == (36, 4, 10)
+    assert data.parts(found, 1, "validation")[0].size == 40
+    assert [w.tolist() for w in data.windows(tuning, 2)] == [[[36, 37, 38]], [[38, 39]]]
+    drawn = data.batch(train, 100, 4, torch.Generator().manual_seed(0))
+    assert (drawn.diff(dim=1) == 1).all()
+    assert drawn.max() == 35
+
+
+def test_digest_of_shards_is_that_of_their_bytes(tmp_path: Path) -> None:
+    bin_file(tmp_path / "a.bin", [1, 2])
+    bin_file(tmp_path / "b.bin", [3])
+    found = data.shards(tmp_path)
+    assert found is not None
+    assert data.digest(found) == data.digest(np.array([1, 0, 2, 0, 3, 0], np.uint8))
+
+
+def test_one_shard_is_its_file_with_or_without_a_header(tmp_path: Path) -> None:
+    head = np.zeros(256, "<i4")
+    head[:3] = [data.HEADER_MAGIC, 1, 3]
+    bin_file(tmp_path / "a.bin", [7, 8, 9])
+    bin_file(tmp_path / "b.bin", [7, 8, 9], head.tobytes())
+    for name in ("a.bin", "b.bin"):
+        found = data.shards(tmp_path / name)
+        assert found is not None
+        assert found[np.arange(3)].tolist() == [7, 8, 9]
+        assert found.held_out == 0
+    bin_file(tmp_path / "b.bin", [7, 8], head.tobytes())
+    with pytest.raises(UsageError, match=r"b\.bin: its header says 3 tokens of 2 bytes, 4 bytes follow it"):
+        data.shards(tmp_path / "b.bin")
+
+
+def test_texts_and_pictures_are_no_shards_and_bad_shards_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text")
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 4), np.uint8))
+    assert [data.shards(p) for p in (None, tmp_path, tmp_path / "a.txt", tmp_path / "images.npy", tmp_path / "none")] == [None] * 5
+    with pytest.raises(UsageError, match=r"c\.bin: expected tokens of 2 bytes each \(uint16\), got 1 bytes"):
+        data.shards(tmp_path / "c.bin")
+    bin_file(tmp_path / "train.bin", [1])
+    (tmp_path / "c.bin").unlink()
+    with pytest.raises(UsageError, match=r"images\.npy: expected a row of uint16 or uint32"):
+        data.shards(tmp_path)
+    (tmp_path / "images.npy").write_bytes(b"nothing")
+    with pytest.raises(UsageError, match=r"images\.npy cannot be read"):
+        data.shards(tmp_path)

@@ -42,3 +42,15 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     for name in ("bad.npy", "short.txt", "missing", "folder"):
         with pytest.raises(UsageError, match="good.png" if name == "folder" else name):
             describe(tmp_path / name)
+
+
+def test_token_shards(tmp_path: Path) -> None:
+    for name, size in (("train.bin", 900), ("val.bin", 100)):
+        (tmp_path / name).write_bytes((np.arange(size) % 65).astype("<u2").tobytes())
+    rows = dict(describe(tmp_path))
+    assert rows["kind"].startswith("token shards")
+    assert rows["tokens"] == "1,000 in 2 files, uint16"
+    assert rows["vocabulary"] == "the largest token is 64: --vocabulary 65 or more"
+    assert rows["parts"] == "810 tokens to train on, 90 for tuning, 100 for validation (by the names of the files)"
+    assert rows["context"] == "at most 44"
+    assert "validation (the last tenth)" in dict(describe(tmp_path / "train.bin"))["parts"]

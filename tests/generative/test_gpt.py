@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onetorch.generative import gpt
-from onetorch.runs import folder, plan
+from onetorch.runs import checkpoint, folder, plan
 from onetorch.runs.errors import NonFinite, RunError, UsageError
 from onetorch.runs.run import Run
 
@@ -171,8 +171,9 @@ def test_score_is_the_mean_over_every_byte_but_the_first() -> None:
     with torch.no_grad():
         losses = [gpt.nll(model, torch.from_numpy(text[i : i + 17].astype(np.int64))[None])[0] for i in range(0, 83, 16)]
     assert [len(x) for x in losses] == [16] * 5 + [3]
-    loss, se, count = gpt.score(model, text)
-    assert count == 83
+    loss, se, count, bpb, bpb_se, size = gpt.score(model, text)
+    assert count == size == 83
+    assert (bpb, bpb_se) == (pytest.approx(loss / math.log(2)), pytest.approx(se / math.log(2)))
     assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     m, w = np.array([x.mean().item() for x in losses]), np.array([16] * 5 + [3]) / 83
     assert se == pytest.approx(math.sqrt(6 / 5 * np.sum(w**2 * (m - w @ m) ** 2)), rel=1e-3)
@@ -256,12 +257,12 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from onetorch.generative import gpt
-from onetorch.runs import folder, plan
+from onetorch.runs import checkpoint, folder, plan
 from onetorch.runs.run import Run
 
 where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
 config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4,
-                    eval_samples=1, eval_seconds=0.05, ema=(0.9,))
+                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270)
 run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
 save = run.checkpoint
 def checkpoint(state):
@@ -416,3 +417,87 @@ def test_the_size_of_a_step_in_logits_does_not_depend_on_the_width() -> None:
     for a, b, c in zip(narrow, wide, unscaled, strict=True):
         assert 0.75 < b / a < 1.33
         assert 3 < c / a < 5  # in proportion to the width
+
+
+class Even(torch.nn.Module):
+    """Of `tokens` each with the same probability, none other; else as gpt.GPT."""
+
+    def __init__(self, tokens: list[int], size: int, merges: list[list[int]]) -> None:
+        super().__init__()
+        self.real = gpt.build(replace(TINY, vocabulary=size))
+        if merges:
+            self.real.merges.copy_(torch.tensor(merges))
+        self.config, self.head, self.vocabulary = self.real.config, self.real.head, self.real.vocabulary
+        self.logits = torch.full((size,), -1e4).index_fill(0, torch.tensor(tokens), 0.0)
+
+    def forward(self, window: Tensor) -> Tensor:
+        return self.logits.expand(*window.shape, -1)
+
+
+def test_bits_per_byte_are_the_same_whatever_the_tokens_are() -> None:
+    """Words " a", " b" at random, each with probability 1/2: half a bit per byte, by bytes (space for certain) and by words as tokens."""
+    drawn = np.random.default_rng(0).integers(0, 2, 4000)
+    text = np.frombuffer(b"".join((b" a", b" b")[i] for i in drawn), np.uint8)
+    by_words = Even([256, 257], 258, [[32, 97], [32, 98]])
+    vocabulary = by_words.real.vocabulary()
+    assert vocabulary is not None
+    found = gpt.score(by_words, vocabulary.encode(text))  # type: ignore[arg-type]
+    assert found.loss == pytest.approx(math.log(2))
+    assert (found.tokens, found.bytes) == (3999, 7998)
+
+    class ByBytes(Even):
+        def forward(self, window: Tensor) -> Tensor:
+            space = torch.full((256,), -1e4).index_fill(0, torch.tensor([32]), 0.0)
+            return torch.where((window == 32)[..., None], self.logits, space)
+
+    by_bytes = gpt.score(ByBytes([97, 98], 256, []), text)  # type: ignore[arg-type]
+    assert by_bytes.bpb == pytest.approx(0.5, abs=1e-3)  # the first byte is not predicted
+    assert found.bpb == pytest.approx(0.5)
+    # Tokens of different length: " a" by its word, " b" by two bytes, each of the three tokens with probability 1/3.
+    uneven = Even([256, 32, 98], 257, [[32, 97]])
+    spelt = uneven.real.vocabulary().encode(text)  # type: ignore[union-attr]
+    expected = (4000 + drawn.sum() - 1) * math.log2(3) / (8000 - uneven.real.vocabulary().lengths[spelt[0]])  # type: ignore[union-attr]
+    assert gpt.score(uneven, spelt).bpb == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_vocabulary_is_learnt_kept_and_known_anywhere(tmp_path: Path) -> None:
+    config = replace(TINY, data=text_file(tmp_path), vocabulary=270, steps=30, eval_every=15)
+    with start(config, tmp_path / "run") as run:
+        model = gpt.train(config, run)
+    vocabulary, last = model.vocabulary(), list(folder.rows(tmp_path / "run"))[-1]
+    assert vocabulary is not None
+    text = (tmp_path / "text.txt").read_bytes()
+    assert torch.equal(model.merges, torch.from_numpy(gpt.learn(np.frombuffer(text[: len(text) * 9 // 10], np.uint8), 270)))
+    assert last["val_bpb"] < last["val_loss"] / math.log(2)  # tokens are longer than a byte
+    other = gpt.build(config)
+    assert other.vocabulary() is None
+    found, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    other.load_state_dict(found.model)
+    samples = [gpt.generate(m, b"to be", 9, torch.Generator().manual_seed(1)) for m in (model, other)]
+    assert samples[0] == samples[1]
+    assert samples[0][0][:5] == b"to be"
+    results = gpt.evaluate(other, config)
+    assert results["bytes"] + len(vocabulary.decode([int(vocabulary.encode(np.frombuffer(text[-600:], np.uint8))[0])])) == 600  # type: ignore[operator]
+    assert {"bpb", "bpb_se", "ngram_bpb"} <= results.keys()
+
+
+def test_shards_are_trained_on_and_judged_in_nats_per_token(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for name, size in (("train.bin", 2000), ("val.bin", 300)):
+        (tmp_path / "shards" / name).write_bytes((np.arange(size) % 7 + 290).astype("<u2").tobytes())
+    config = replace(TINY, data=tmp_path / "shards", vocabulary=300, steps=30, eval_samples=1)
+    with start(config, tmp_path / "run") as run:
+        model = gpt.train(config, run)
+    last = list(folder.rows(tmp_path / "run"))[-1]
+    assert last["val_loss"] < 1.6  # seven numbers in turn, ln 7 = 1.95 without looking back
+    assert "val_bpb" not in last
+    results = gpt.evaluate(model, config, media=tmp_path, samples=1, length=5)
+    assert (results["tokens"], results["note"]) == (299, gpt.UNKNOWN)
+    assert not {"bpb", "bytes", "ngram_bpb"} & results.keys()
+    assert all(0 <= int(word) < 300 for word in (tmp_path / "samples.txt").read_text().splitlines()[1].split())
+    for size, says in ((296, "the largest token is 296; --vocabulary must be above it, got 296"), (256, r"numbers up to 296: give their vocabulary")):
+        with pytest.raises(UsageError, match=says):
+            gpt.evaluate(model, replace(config, vocabulary=size))
+    with pytest.raises(UsageError, match="at least 256 for a text, got 100"):
+        gpt.evaluate(model, replace(config, data=text_file(tmp_path), vocabulary=100))

@@ -121,6 +121,65 @@ def test_loss_and_gradient_by_hand(tmp_path: Path) -> None:
     assert seen["grad_norm"].item() == pytest.approx(math.sqrt(2 * (0.25 + 1) / 9), rel=0.03)
 
 
+# Of an update of fixed weights from fixed transitions in float64, and the loss of the next: whoever changes what the algorithm computes sees it here. Twelve
+# digits, because the last bits differ between processors.
+GOLDEN: dict[str, dict[str, float]] = {
+    "plain": {
+        "loss": 2.1603177589370097, "grad_norm": 1.628992310227206, "q": 1.5758688185775585,
+        "y": 2.6977752564592676, "loss of the next": 1.74536207973637,
+    },
+    "double": {
+        "loss": 2.1909695036765204, "grad_norm": 1.5066907552361124, "q": 1.5758688185775585,
+        "y": 2.4092752454999102, "loss of the next": 1.691464766420539,
+    },
+    "dueling, three steps": {
+        "loss": 3.2095653932161383, "grad_norm": 2.0675517786676676, "q": 1.8727542453349193,
+        "y": 4.053609039372049, "loss of the next": 2.6135482044394105,
+    },
+    "priority": {
+        "loss": 0.896680444722952, "grad_norm": 0.592107292733903, "q": 1.6425342100693303,
+        "y": 1.8339754877518195, "loss of the next": 0.5774143613897458,
+    },
+    "all": {
+        "loss": 1.410934337980607, "grad_norm": 0.5217583277020965, "q": 1.7790007148424412,
+        "y": 2.858770801749986, "loss of the next": 0.33288535527840446,
+    },
+}
+GOLDEN_CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "double": {"double": True},
+    "dueling, three steps": {"dueling": True, "n_step": 3},
+    "priority": {"priority": 0.6, "double": True},
+    "all": {"double": True, "dueling": True, "n_step": 3, "priority": 0.6, "tau": 0.1, "target_every": 1},
+}
+
+
+@pytest.mark.parametrize("name", list(GOLDEN_CONFIGS))
+def test_golden_losses(name: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, replay=64, updates=1, batch_size=64, **GOLDEN_CONFIGS[name])
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = dqn.begin(config, "native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state.model.head.flat.dtype == state.replay.rows.dtype == torch.float64
+    wave = torch.arange(4, dtype=torch.float64)
+    with torch.no_grad():
+        for k, net in enumerate((state.model, state.target)):
+            net.head.flat.copy_(torch.sin(torch.arange(net.head.flat.numel(), dtype=torch.float64).square() * (k + 1) + k))
+    for t in range(16):
+        obs, next_obs = (torch.sin(torch.outer(wave + 4 * s, torch.arange(1, 5, dtype=torch.float64))) for s in (t, t + 1))
+        ends = torch.tensor([[t % 5 == 0, False, t == 7, False], [False, t % 7 == 3, False, False]])
+        state.replay.add(obs, (t + torch.arange(4)) % 2, torch.cos(wave + t), next_obs, *ends)
+    if isinstance(state.replay, PrioritizedReplay):
+        state.replay.prioritize(torch.arange(64), torch.sin(torch.arange(64)))
+    with Run(tmp_path / "run", config, quiet=True) as run:
+        seen = dqn.learn(config, state, 0.7, run)
+        again = dqn.learn(config, state, 0.7, run)
+    found = {"loss": seen["loss"], "grad_norm": seen["grad_norm"], "q": seen["q"].mean(), "y": seen["y"].mean(), "loss of the next": again["loss"]}
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(GOLDEN[name], rel=1e-11)
+
+
 def test_importance_weights_undo_the_priorities(tmp_path: Path) -> None:
     """Priorities 1, 2 and 5 draw the transitions 1, 2 and 5 times of 8; weighted by 1, 1/2 and 1/5 each counts the same."""
     state, run = linear(config := dataclasses.replace(SMALL, gamma=0.5, batch_size=30_000, updates=1, priority=1.0), tmp_path / "run")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic, Pixels, RunningNorm, categorical_kl, categorical_logp, flat_parameters, gaussian_kl, gaussian_logp, mlp
+from onetorch.rl.nets import ActorCritic, Adam, Pixels, RunningNorm, categorical_kl, categorical_logp, gaussian_kl, gaussian_logp, mlp
 
 
 def test_categorical_against_torch_distributions() -> None:
@@ -38,7 +38,7 @@ def test_actions_follow_pi(discrete: bool) -> None:
     torch.manual_seed(0)
     model = ActorCritic(Spaces(3, 4, discrete), (8,), "tanh", log_std=-1.0)
     with torch.no_grad():
-        model.pi[-1].weight.mul_(100)  # away from the uniform start
+        model.state_dict()["pi.2.weight"].mul_(100)  # away from the uniform start
         obs = torch.randn(3)
         act = model.act(obs.expand(100_000, 3), model.noise(100_000))
         out = model.pi(obs)
@@ -118,26 +118,38 @@ def test_kl_against_torch_distributions(discrete: bool) -> None:
     assert model.kl(p, p).abs().max() < 1e-6
 
 
-def test_flat_parameters_are_the_same_weights() -> None:
+def test_adam_is_torchs_on_one_vector() -> None:
     torch.manual_seed(0)
     nets = [mlp((3, 4, 2)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    flat = flat_parameters(list(nets[1].parameters()))
-    optimizers = [torch.optim.Adam(params, lr=0.1, fused=True) for params in (nets[0].parameters(), [flat])]
-    for obs in torch.randn(3, 5, 3):
-        for net, optimizer in zip(nets, optimizers, strict=True):
-            optimizer.zero_grad(set_to_none=False)
-            net(obs).square().sum().backward()
-            optimizer.step()
-    assert torch.equal(flat, torch.cat([p.flatten() for p in nets[1].parameters()]))
-    torch.testing.assert_close(flat, torch.cat([p.flatten() for p in nets[0].parameters()]))
+    reference = torch.optim.Adam([{"params": nets[0][0].parameters(), "lr": 0.1}, {"params": nets[0][2].parameters(), "lr": 0.03}], eps=1e-5)
+    begin = [0.1, 0.03]
+    ours = Adam((nets[1][0].parameters(), 0.1), (nets[1][2].parameters(), 0.03), eps=1e-5)
+    for k, obs in enumerate(torch.randn(6, 5, 3)):
+        for group, lr in zip(reference.param_groups, begin, strict=True):
+            group["lr"] = lr * (1 - k / 10)
+        reference.zero_grad()
+        ours.zero_grad()
+        for net in nets:
+            ((10.0 if k % 2 else 0.01) * net(obs).square().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(nets[0].parameters(), 0.5)
+        assert (norm > 0.5) == (k % 2 == 1)
+        torch.testing.assert_close(ours.clip(0.5), norm)
+        reference.step()
+        ours.step(1 - k / 10)
+        if k == 3:  # what is saved is all there is
+            saved = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in ours.state_dict().items()}
+            ours = Adam((nets[1][0].parameters(), 0.1), (nets[1][2].parameters(), 0.03), eps=1e-5)
+            ours.load_state_dict(saved)
+    assert torch.equal(ours.weights, torch.cat([p.flatten() for p in nets[1].parameters()]))
+    torch.testing.assert_close(ours.weights, torch.cat([p.flatten() for p in nets[0].parameters()]))
 
 
 def test_several_choices_are_independent() -> None:
     torch.manual_seed(0)
     model = ActorCritic(Spaces(3, 5, True, multi=(2, 3)), (8,), "tanh")
     with torch.no_grad():
-        model.pi[-1].weight.mul_(100)
+        model.state_dict()["pi.2.weight"].mul_(100)
     obs = torch.randn(20, 3)
     parts = [torch.distributions.Categorical(logits=logits) for logits in model.pi(obs).split((2, 3), -1)]
     act = model.act(obs, None)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from onetorch.rl import envs, ppo, trpo, vpg
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, fit_value
 from onetorch.rl.returns import gae
 from onetorch.runs.errors import NonFinite, RunError, UsageError
@@ -89,9 +89,9 @@ def test_fit_value_moves_the_critic_alone_to_the_least_squares_fit() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     obs = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     ret = torch.tensor([1.0, 3.0, 0.0, 3.0])  # least squares with a constant: 0.75 + 2.5 x - 0.5 y, residuals ±1/4, so a loss of 1/32
-    loss = fit_value(model, torch.optim.Adam(model.parameters(), lr=0.05), obs, ret, epochs=300, minibatches=1)
+    loss = fit_value(model, Adam((model.v.parameters(), 0.05)), obs, ret, epochs=300, minibatches=1)
     assert loss == pytest.approx(1 / 32, rel=1e-3)
-    assert [*model.v[0].weight.flatten().tolist(), model.v[0].bias.item()] == pytest.approx([2.5, -0.5, 0.75], abs=1e-2)
+    assert model.v.flat.tolist() == pytest.approx([2.5, -0.5, 0.75], abs=1e-2)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not name.startswith("v."))
 
 
@@ -316,7 +316,7 @@ def test_golden_losses(env: str, algorithm: Any) -> None:
     B, D = 64, envs.spaces(env).obs_dim
     wave = torch.arange(B, dtype=torch.float64)
     with torch.no_grad():
-        for k, p in enumerate(model.parameters()):
+        for k, p in enumerate(model.state_dict().values()):  # layer by layer, log_std before the nets
             p.copy_(0.5 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (k + 1) + k).reshape(p.shape))
         obs = torch.sin(torch.outer(wave, torch.arange(1, D + 1, dtype=torch.float64)))
         act = torch.arange(B) % 2 if env == "CartPole-v1" else torch.cos(wave).unsqueeze(-1)

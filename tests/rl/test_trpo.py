@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 
 from onetorch.rl import envs, trpo
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic
+from onetorch.rl.nets import ActorCritic, Adam
 
 SMALL = trpo.Config(num_envs=8, batch_size=256, hidden=(16,), value_minibatches=2)
 
@@ -43,7 +43,7 @@ def test_conjugate_gradient_by_hand() -> None:
 def test_fisher_products_against_an_explicit_fisher_matrix(discrete: bool) -> None:
     """F = E[ E_a[ grad log pi (grad log pi)' ] ]: for Discrete summed over the actions, for Box by its closed form in mean and log_std."""
     torch.manual_seed(0)
-    model = ActorCritic(Spaces(3, 2, discrete), (4,), "tanh", log_std=-0.3).double()
+    model = ActorCritic(Spaces(3, 2, discrete), (4,), "tanh", log_std=-0.3, twice=True).double()
     with torch.no_grad():
         model.pi[-1].weight.mul_(100)
     obs, params = torch.randn(7, 3, dtype=torch.float64), model.policy_parameters()
@@ -118,7 +118,7 @@ def test_the_natural_gradient_takes_its_step_without_a_search() -> None:
 
     g = (1/4, -1/4), an eigenvector of F with eigenvalue 3/8: x = g / (3/8), x'Fx = g'x = 1/3, so the step is sqrt(2 delta * 3) (2/3, -2/3).
     """
-    model = ActorCritic(Spaces(1, 2, True), (), "tanh").double()
+    model = ActorCritic(Spaces(1, 2, True), (), "tanh", twice=True).double()
     with torch.no_grad():
         model.pi[0].weight.zero_()
         model.pi[0].bias.copy_(torch.log(torch.tensor([3.0, 1.0])))
@@ -126,7 +126,7 @@ def test_the_natural_gradient_takes_its_step_without_a_search() -> None:
     logp = model.logp(obs, act)[0].detach()
     batch = {"obs": obs, "act": act, "logp": logp, "adv": torch.ones(4).double(), "value": torch.zeros(4).double(), "ret": torch.ones(4).double()}
     config = dataclasses.replace(SMALL, delta=0.24, line_search=False, damping=0.0, cg_steps=1, value_minibatches=1)
-    state = trpo.State(model, torch.optim.Adam(model.v.parameters()), envs.make("CartPole-v1", 1, 0), None)
+    state = trpo.State(model, Adam((model.v.parameters(), 1e-3)), envs.make("CartPole-v1", 1, 0), None)
     losses = trpo.update(config, state, batch)
     assert (model.pi[0].bias - torch.log(torch.tensor([3.0, 1.0]))).tolist() == pytest.approx([0.8, -0.8], rel=1e-6)
     assert losses["step_taken"] == 1.0

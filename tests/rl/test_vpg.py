@@ -30,9 +30,7 @@ def test_the_policy_takes_one_step_and_the_critic_many() -> None:
     config = vpg.Config(num_envs=8, batch_size=256, hidden=(16,), value_epochs=3, value_minibatches=4)
     state = vpg.begin(config, 8, "native")
     vpg.update(config, state, vpg.rollout(config, state, 32))
-    model, steps = state.model, {p: int(s["step"]) for p, s in state.optimizer.state.items()}
-    assert {steps[p] for p in model.policy_parameters()} == {1}
-    assert {steps[p] for p in model.v.parameters()} == {12}
+    assert (state.pi_optimizer.steps, state.v_optimizer.steps) == (1, 12)
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_killed_refused_and_resumed(tmp_path):
 
 def test_train_with_several_values_is_told_to_stop_and_listed(capsys):
     number = signal.SIGINT
-    process = onetorch("train", IDEA, "--seed", "0..2", "--pause", 0.1, "--steps", 100, "--dir", "runs/mine")
+    process = onetorch("train", IDEA, "--seed", "0..2", "--pause", 0.1, "--steps", 1000, "--dir", "runs/mine")
     until(lambda: len(list(Path("runs/mine").glob("*/metrics.jsonl"))) == 3, "three trials")
     until(lambda: all(p.stat().st_size for p in Path("runs/mine").glob("*/metrics.jsonl")), "three trials that log")
     assert cli.main(["runs"]) == 0

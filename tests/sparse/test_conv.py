@@ -1,14 +1,23 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, patterns
+from onetorch.sparse import Conv1d, Conv2d, Conv3d, DynamicSparsity, EdgeBias, Layout, conv, cpu, patterns
 
+MEASURED = conv.costs_of
 DENSE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 SPARSE = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+
+
+@pytest.fixture(autouse=True, params=["products", "dense"])
+def chosen(request, monkeypatch):
+    """Every check runs on the sparse products, where a layer can take them, and on the dense convolution."""
+    monkeypatch.setattr(conv, "costs_of", lambda *_: (0.0, 0.0) if request.param == "products" else (1.0, 1.0))
+    return request.param
 
 
 @torch.no_grad()
@@ -100,6 +109,33 @@ def test_initialisation_state_and_copies(tmp_path):
     assert torch.equal(layer(x[0]), layer(x)[0])
 
 
+def test_the_costs_are_measured_once(monkeypatch, tmp_path):
+    library = cpu.library()
+    if library is None:
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(conv, "measured", {})
+    monkeypatch.setattr(conv.cpu, "library", lambda: SimpleNamespace(_name=str(tmp_path / "kernels.so")))
+    monkeypatch.setattr(conv, "_measure", lambda *_: (0.25, 1.5))
+    assert MEASURED(torch.float32, (32, 32), 9) == (0.25, 1.5)
+    monkeypatch.setattr(conv, "_measure", lambda *_: (9.0, 9.0))
+    assert MEASURED(torch.float32, (32, 32), 4) == (0.25, 1.5)  # in this process
+    conv.measured.clear()
+    assert MEASURED(torch.float32, (32, 32), 25) == (0.25, 1.5)  # and in the next
+    monkeypatch.setattr(conv, "costs_of", MEASURED)
+    x = torch.zeros(1, 256, 28, 28)
+    for density, dense in ((0.25, False), (0.5, True)):  # (29 / 28)^2 (0.25 + 1.5 density): 0.67 and 1.07
+        layer = Conv2d(256, 256, 3, patterns.balanced_random((256, 256), 32, density), padding=1)
+        assert layer._dense_is_faster(x, [28, 28]) == dense
+
+
+def test_measuring_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        fixed, rising = conv._measure(torch.float32, (64, 64), 1)
+    assert fixed + rising > 0
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_the_layout_may_change():
     torch.manual_seed(0)
     layer = Conv1d(40, 24, 3, patterns.random((24, 40), 8, 0.5, torch.Generator().manual_seed(0)), padding=1)
@@ -120,11 +156,14 @@ def test_the_layout_may_change():
     assert torch.allclose(layer(x), nn.functional.conv1d(x, layer.to_dense(), layer.bias, padding=1), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch.compile itself does to an autograd.Function
 def test_compiles_whole():
     layer = Conv2d(16, 24, 3, patterns.random((24, 16), 8, 0.5, torch.Generator().manual_seed(0)), padding=1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 5, 5)
     assert torch.equal(compiled(x), layer(x))
+    grads = [torch.autograd.grad(f(x).square().sum(), layer.parameters()) for f in (compiled, layer)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

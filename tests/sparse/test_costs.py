@@ -61,7 +61,8 @@ def test_break_even_is_where_the_measured_lines_cross(monkeypatch, tmp_path):
 
     def measure(sparse, dense):
         clock = [0.0]
-        monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+        for name in ("perf_counter", "thread_time"):
+            monkeypatch.setattr(costs.time, name, lambda: clock[0])
         full = (costs.SIZE // 32) ** 2
 
         def pass_time(seconds):

@@ -344,6 +344,29 @@ def test_few_tokens(path, dtype):
             assert error(dds(x, values, layout, transpose_sparse=True, bias=b), want) <= BOUND[dtype], (block, tokens)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens(path, dtype):
+    """Whole blocks and more tokens than a panel holds: full, ragged and narrow groups, empty columns, unused rows (which hold NaN), one thread and three."""
+    g = torch.Generator().manual_seed(5)
+    before = torch.get_num_threads()
+    for block, tokens, bias_too in itertools.product([16, (64, 32), (8, 64), 128], [65, 97, 200, 560], [False, True]):
+        br, bc = (block, block) if isinstance(block, int) else block
+        layout = Layout.from_mask(torch.tensor([[1, 0, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]]).bool(), block, (3 * br, 5 * bc))
+        values = randn(*layout.values_shape, dtype=dtype, generator=g)
+        bias = randn(3 * br, dtype=dtype, generator=g) if bias_too else None
+        x = randn(tokens, 10 * bc, dtype=dtype, generator=g)[:, : 5 * bc] if tokens == 200 else randn(5 * bc, tokens, dtype=dtype, generator=g).mT
+        want = x.double() @ dense_of(values.double(), layout).mT + (0 if bias is None else bias.double())
+        x[:, 2 * bc : 3 * bc] = torch.nan
+        try:
+            torch.set_num_threads(3)
+            y = dds(x, values, layout, transpose_sparse=True, bias=bias)
+            torch.set_num_threads(1)
+            assert torch.equal(dds(x, values, layout, transpose_sparse=True, bias=bias), y)
+        finally:
+            torch.set_num_threads(before)
+        assert error(y, want) <= BOUND[dtype]
+
+
 def test_heads_must_be_those_of_the_layout():
     layout, x, _z, values = small(heads=2)
     with pytest.raises(ValueError, match="dense: expected 2 heads in dimension -3"):

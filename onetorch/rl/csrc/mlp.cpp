@@ -1,7 +1,7 @@
-// Forward and backward pass of a stack of MLPs with ReLU between the layers. Plain C++17 with GCC/Clang vector types and a C interface, no torch headers.
+// Forward and backward pass of a stack of MLPs with ReLU or tanh between the layers. Plain C++17 with GCC/Clang vector types and a C interface, no torch headers.
 //
 // Everything is one product C[m, n] = sum_k A[m, k] B[k, n]. B is packed panel by panel, NV vectors wide, so that it is read in order from the first-level
-// cache; a tile of 12 rows by one panel stays in registers while k passes; bias, ReLU and the mask of its gradient are applied to the tile before it is
+// cache; a tile of 12 rows by one panel stays in registers while k passes; bias, activation and the factor of its gradient are applied to the tile before it is
 // stored. A is read where it stands. Layers between hidden layers may multiply bfloat16 with float32 sums (two products per lane); what enters and leaves
 // the net is always float32. Every element is summed in one fixed order by one thread: results do not depend on the number of threads.
 #include <algorithm>
@@ -29,6 +29,7 @@ constexpr int VW = 4, MR = 12;
 #endif
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
+typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t Unit;  // what one lane multiplies: a float32, or two bfloat16 that stand together along k
 
 inline float as_float(Unit u) { float f; std::memcpy(&f, &u, 4); return f; }
@@ -151,6 +152,24 @@ void multiply(bool bf, int64_t M, int64_t N, int64_t K, const float* a, const fl
   product<2, ACROSS, false>(M, N, K, units, s, b, sk, sn, used, finish);
 }
 
+// tanh |x| = m / (m + 2) with m = exp(2 |x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), where 2 |x| = n log 2 + r and |r| <= log(2) / 2: no digits are lost near 0.
+// Taylor's series of exp(r) - 1 to r^7 leaves 2e-8 of it. From |x| = 10 on the nearest float is 1. NaN stays NaN.
+inline vf tanh(vf x) {
+  const vu sign = (vu)x & 0x80000000u;
+  vf y = 2 * (vf)((vu)x ^ sign);
+  const vu big = (vu)(y > 20);
+  y = (vf)(((vu)y & ~big) | ((vu)(vf{} + 20.0f) & big));
+  const vi n = __builtin_convertvector(y * 1.44269504f + 0.5f, vi);
+  const vf m = __builtin_convertvector(n, vf), r = y - m * 0.693359375f + m * 2.12194440e-4f;  // log 2 in two parts, the first with zeros at its end
+  const vf p = r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+  const vf scale = (vf)((n + 127) << 23), e = scale * p + (scale - 1);
+  return (vf)((vu)(e / (e + 2)) | sign);
+}
+
+enum Activation { RELU, TANH };
+inline vf activation(int kind, vf x) { return kind == TANH ? tanh(x) : (vf)((vu)x & (vu)(x > 0)); }
+inline vf chained(int kind, vf grad, vf y) { return kind == TANH ? grad * (1 - y * y) : (vf)((vu)grad & (vu)(y > 0)); }  // grad dy/dx, from y
+
 // Which layers multiply bfloat16: between hidden layers, where nearly all the work is.
 bool narrow(int bf, int64_t l, int64_t layers, const int64_t* sizes) {
   return bf && l > 0 && l < layers - 1 && sizes[l] % 2 == 0 && sizes[l + 1] % 2 == 0 && std::min(sizes[l], sizes[l + 1]) >= 64;
@@ -169,8 +188,8 @@ int onetorch_mlp_bf16() {
 #endif
 }
 
-// x (B, sizes[0]) -> out (count, B, sizes[layers]); hidden: what the hidden layers gave, one after the other, net by net. `flat`: weights (out, in) and biases.
-void onetorch_mlp_forward(int bf, int64_t count, int64_t B, int64_t layers, const int64_t* sizes, const float* x, const float* flat, float* hidden, float* out, int threads) {
+// x (B, sizes[0]) -> out (count, B, sizes[layers]); hidden: what the hidden layers gave, one after the other, net by net. `flat`: weights (out, in) and biases. kind: Activation.
+void onetorch_mlp_forward(int bf, int kind, int64_t count, int64_t B, int64_t layers, const int64_t* sizes, const float* x, const float* flat, float* hidden, float* out, int threads) {
   for (int64_t net = 0; net < count; net++) {
     const float* in = x;
     for (int64_t l = 0; l < layers; l++) {
@@ -181,7 +200,7 @@ void onetorch_mlp_forward(int bf, int64_t count, int64_t B, int64_t layers, cons
       multiply<false>(narrow(bf, l, layers, sizes), B, N, K, in, weight, 1, K, threads, [&](int64_t i, int64_t n, int64_t left, vf sum) {
         lanes(left, sum, to + i * N + n, [&](vf v, int64_t some) {
           v += part(bias + n, some);
-          return last ? v : (vf)((vu)v & (vu)(v > 0));
+          return last ? v : activation(kind, v);
         });
       });
       flat += N * K + N, in = to;
@@ -191,7 +210,7 @@ void onetorch_mlp_forward(int bf, int64_t count, int64_t B, int64_t layers, cons
 }
 
 // grad (count, B, sizes[layers]) -> grad_flat (null: not wanted) and grad_x (null: not wanted), the sum over the nets. work: 2 B max(sizes) floats.
-void onetorch_mlp_backward(int bf, int64_t count, int64_t B, int64_t layers, const int64_t* sizes, const float* x, const float* flat, const float* hidden, const float* grad,
+void onetorch_mlp_backward(int bf, int kind, int64_t count, int64_t B, int64_t layers, const int64_t* sizes, const float* x, const float* flat, const float* hidden, const float* grad,
                            float* grad_flat, float* grad_x, float* work, int threads) {
   int64_t weights = 0, widths = 0, widest = 0;
   for (int64_t l = 0; l < layers; l++) weights += sizes[l] * sizes[l + 1] + sizes[l + 1], widths += l ? sizes[l] : 0, widest = std::max(widest, sizes[l]);
@@ -218,7 +237,7 @@ void onetorch_mlp_backward(int bf, int64_t count, int64_t B, int64_t layers, con
       float* to = l ? work + (l % 2) * B * widest : grad_x;
       multiply<false>(wide, B, K, N, g, w, K, 1, threads, [&](int64_t i, int64_t n, int64_t left, vf sum) {
         lanes(left, sum, to + i * K + n, [&](vf v, int64_t some) {
-          if (l) return (vf)((vu)v & (vu)(part(h + i * K + n, some) > 0));
+          if (l) return chained(kind, v, part(h + i * K + n, some));
           return net ? v + part(to + i * K + n, some) : v;
         });
       });

@@ -150,6 +150,91 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
   return most;
 }
 
+// Many rows of X against the transposed matrix of whole blocks: as `some`, the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
+// packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
+template <class T, int VW, int NV, int ROWS>
+inline void lines_of_column(int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  const int64_t lda = bk / Mode<T>::P;
+  for (int64_t line = 0; line < bn; line += ROWS, sums += ROWS * VW * NV) {
+    vec<Acc, VW> acc[ROWS][NV];
+    if (begin) { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; } }
+    else { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = load<vec<Acc, VW>>(sums + (i * NV + j) * VW); } }
+    for (int64_t t = 0; t < n; t++) {
+      const U* values = reinterpret_cast<const U*>(w + (t * bn + line) * bk);
+      const U* tokens = reinterpret_cast<const U*>(packed + place[rows[t]] * bk * (VW * NV));
+      for (int64_t e = 0; e < ROWS * lda; e += 64 / int64_t(sizeof(U))) __builtin_prefetch(values + (n * bn * lda) + e);  // the same place of the next blocks
+      for (int64_t k = 0; k < lda; k++, tokens += VW * NV) {
+        const U* at[ROWS / 4];  // few addresses for many rows
+        UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
+        vec<U, VW> v[NV];
+        UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+          const U s = at[i / 4][(i % 4) * lda];
+          UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma<Acc, VW>(acc[i][j], s, v[j]);
+        }
+      }
+    }
+    UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) std::memcpy(sums + (i * NV + j) * VW, &acc[i][j], sizeof(acc[i][j])); }
+  }
+}
+
+template <class T, int VW, int ROWS>
+void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
+  constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
+  constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
+  Buffer<int32_t> place(side.R);
+  const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, groups = (M + TOKENS - 1) / TOKENS;
+  int64_t panels = (groups - 1) / std::max<int64_t>(1, kPanel / int64_t(depth * TOKENS * sizeof(E))) + 1, splits = 1;
+  if (panels < threads) splits = std::min(side.C, 2 * threads / panels);
+  else while (panels % threads && panels < groups) panels++;
+  const int64_t most = (groups + panels - 1) / panels, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
+  Buffer<E> X(threads * most * depth * TOKENS);
+  Buffer<Acc> S(threads * most * bn * TOKENS);
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
+    E* packed = X.data + thread_index() * most * depth * TOKENS;
+    Acc* sums = S.data + thread_index() * most * bn * TOKENS;
+    PRAGMA(omp for schedule(dynamic, 1))
+    for (int64_t q = 0; q < panels * splits; q++) {
+      const int64_t panel = q / splits, split = q % splits, begin = panel * groups / panels, end = (panel + 1) * groups / panels;
+      auto width = [&](int64_t g, auto f) {  // vectors of this group; the last may have fewer
+        const int64_t left = M - g * TOKENS;
+        if (left > 2 * VW) f(std::integral_constant<int, 3>{});
+        else if (left > VW) f(std::integral_constant<int, 2>{});
+        else f(std::integral_constant<int, 1>{});
+      };
+      for (int64_t g = begin; g < end; g++)
+        width(g, [&](auto nv) {
+          for (int64_t r = 0; r < side.R; r++)
+            if (place.data[r] >= 0)
+              pack_panel<T, E, P, VW * nv()>(packed + (g - begin) * depth * TOKENS + place.data[r] * bk * VW * nv(), x + g * TOKENS * xm + r * bk * xk, bk, bk, M - g * TOKENS, xk, xm);
+        });
+      for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
+        const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
+        for (int64_t t = 0; t == 0 || t < n; t += slice)
+          for (int64_t g = begin; g < end; g++)
+            width(g, [&](auto nv) {
+              lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), w + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
+                                                 packed + (g - begin) * depth * TOKENS, sums + (g - begin) * bn * TOKENS, t == 0);
+            });
+        for (int64_t g = begin; g < end; g++)
+          width(g, [&](auto nv) {
+            for (int64_t j = 0; j < nv(); j++)
+              for (int64_t line = 0; line < bn; line += VW) {
+                Acc tile[VW * VW];  // a token a row
+                transpose_words<VW>(reinterpret_cast<uint32_t*>(tile), VW, reinterpret_cast<const uint32_t*>(sums + (g - begin) * bn * TOKENS + (line * nv() + j) * VW), VW * nv());
+                const int64_t token = g * TOKENS + j * VW, n0 = c * bn + line;
+                vec<Acc, VW> b{};
+                if (bias) { UNROLL for (int e = 0; e < VW; e++) b[e] = widen(bias[n0 + e]); }
+                for (int64_t i = 0; i < std::min<int64_t>(VW, M - token); i++) emit<Acc, T, VW>(y + (token + i) * N + n0, load<vec<Acc, VW>>(tile + i * VW) + b, VW);
+              }
+          });
+      }
+    }
+  }
+}
+
 template <class T, int VW, int NV>
 void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int64_t xh, int64_t xm, int64_t xk,
          const T* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn, Side side, const T* bias, T* y, int64_t N, int threads) {
@@ -312,6 +397,14 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
     using T = decltype(type);
     if (try_few<T>(static_cast<const T*>(x), xsize[0], xsize[1], xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, wk, Side{offsets, rows, order, R, C},
                    static_cast<const T*>(bias), static_cast<T*>(y), N, threads)) return;
+    if constexpr (std::is_same<T, typename Mode<T>::E>::value && sizeof(T) <= 4) {
+      constexpr int full = kVectorBytes / 4;
+      if (xsize[0] == 1 && xsize[1] == 1 && xsize[2] > 64 && wk == 1 && !order && xsize[3] == R * bk && N == C * bn && bn % full == 0) {
+        many<T, full, kVectorBytes == 64 ? 8 : 4>(static_cast<const T*>(x), xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, Side{offsets, rows, nullptr, R, C},
+                                                  static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
+        return;
+      }
+    }
     widths<T>(bn, [&](auto vw, auto nv) {
       dds<T, vw(), nv()>(static_cast<const T*>(x), xsize[0], xsize[1], xsize[2], xsize[3], xstride[0], xstride[1], xstride[2], xstride[3],
                          static_cast<const T*>(w), wg, bk, bn, wk, wn, Side{offsets, rows, order, R, C}, static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
