@@ -103,6 +103,10 @@ def read(path: Path | None, embedded: Literal["digits", "glyphs"] = "digits", si
     if path.is_dir():
         return _folder(path, size)
     try:
+        if path.suffix in (".npy", ".npz"):
+            with path.open("rb") as file:
+                if file.read(4) not in (b"\x93NUM", b"PK\x03\x04"):  # numpy takes anything else for a pickle, and advises to load it
+                    raise ValueError(f"it does not begin as numpy's {path.suffix} files do")
         if path.suffix == ".npy":
             return Images(*_pixels(np.load(path, mmap_mode="r", allow_pickle=False)))
         if path.suffix == ".npz":
