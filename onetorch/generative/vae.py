@@ -234,9 +234,9 @@ class VAE(nn.Module):
                 ratios = ratios + ratio
         return log_odds(self.leave(self.dropout(F.gelu(h))), self.config), torch.stack(kls), ratios
 
-    def forward(self, pixels: Tensor, noise: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ln P(x | z) (B,), KL of each block (blocks, B), ln p(z) - ln q(z) (B,)) of levels (B, C, H, W) uint8 at one draw of the latents."""
-        odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), noise)
+        odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), list(noise))
         return odds.gather(2, pixels.long().unsqueeze(2)).flatten(1).sum(1), kls, ratio
 
 
@@ -250,7 +250,7 @@ def score(model: VAE, data: images.Images, generator: torch.Generator, draws: in
     device = next(model.parameters()).device
     bounds, tight, kls = [], [], []
     for part in torch.from_numpy(data.pixels).to(device).split(rows):
-        found = [model(part, model.noise(len(part), generator)) for _ in range(draws)]
+        found = [model(part, *model.noise(len(part), generator)) for _ in range(draws)]
         bounds.append(torch.stack([told - kl.sum(0) for told, kl, _ in found]).double().mean(0))
         tight.append(importance(torch.stack([told + ratio for told, _, ratio in found]).double()))
         kls.append(torch.stack([kl for _, kl, _ in found]).double().mean(0))
@@ -275,9 +275,9 @@ def build(config: Config) -> VAE:
     return VAE(config)
 
 
-def example(config: Config) -> tuple[Tensor, list[Tensor]]:
+def example(config: Config) -> tuple[Tensor, ...]:
     """Two images and the noise of their latents for the module to answer, when it is shared."""
-    return torch.zeros(2, *config.shape, dtype=torch.uint8), VAE(config).noise(2, torch.Generator())
+    return torch.zeros(2, *config.shape, dtype=torch.uint8), *VAE(config).noise(2, torch.Generator())
 
 
 @dataclass
@@ -311,7 +311,7 @@ def train(config: Config, run: Run) -> VAE:
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
         pixels = images.batch(data, config.batch, state.generator)[0].to(device)
-        told, kls, _ = model(pixels, model.noise(config.batch, state.generator))
+        told, kls, _ = model(pixels, *model.noise(config.batch, state.generator))
         kl = kls.sum(0).mean()
         weight = min(1.0, state.iteration / config.kl_warmup) if config.kl_warmup else 1.0
         (weight * kl - told.mean()).backward()
@@ -351,7 +351,7 @@ def trial(config: Config, choice: dict) -> Callable[[], None]:
     noise = model.noise(count, torch.Generator())
 
     def work() -> None:
-        told, kls, _ = model(pixels, noise)
+        told, kls, _ = model(pixels, *noise)
         (kls.sum(0) - told).mean().backward()
 
     return work
@@ -361,7 +361,7 @@ def flops(model: VAE) -> float:
     """Floating point operations of a step for each image: forward, and twice that backward."""
     pixels = torch.zeros(1, *model.config.shape, dtype=torch.uint8, device=model.constant.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixels, model.noise(1, torch.Generator()))
+        model(pixels, *model.noise(1, torch.Generator()))
     return 3.0 * counter.get_total_flops()
 
 

@@ -145,9 +145,9 @@ def test_an_image_changes_its_own_latents_alone() -> None:
     noise = model.noise(2, gen())
     assert [tuple(n.shape) for n in noise] == [(2, 2, 2, 2), (2, 2, 4, 4), (2, 2, 4, 4)]
     with torch.no_grad():
-        told, kls, ratio = model(pixels, noise)
+        told, kls, ratio = model(pixels, *noise)
         pixels[1] = 4 - pixels[1]
-        again = model(pixels, noise)
+        again = model(pixels, *noise)
     assert torch.allclose(told[0], again[0][0])
     assert torch.allclose(kls[:, 0], again[1][:, 0])
     assert (kls[:, 1] != again[1][:, 1]).all()
@@ -298,3 +298,11 @@ def test_wrong_configs_are_named(wrong: dict) -> None:
 def test_wrong_options_are_named(wrong: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         vae.evaluate(vae.build(TINY), TINY, **wrong)
+
+
+def test_sharing_can_call_the_model_with_the_example() -> None:
+    found = vae.example(TINY)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in found)
+    told, kls, _ = vae.build(TINY)(*found)
+    assert told.shape == (2,)
+    assert kls.shape[1:] == (2,)
