@@ -346,28 +346,29 @@ def test_killed_refused_and_resumed(tmp_path):
 
 def test_train_with_several_values_is_told_to_stop_and_listed(capsys):
     number = signal.SIGINT
-    process = onetorch("train", IDEA, "--seed", "0..2", "--pause", 0.1, "--steps", 1000, "--dir", "runs/mine")
-    until(lambda: len(list(Path("runs/mine").glob("*/metrics.jsonl"))) == 3, "three trials")
-    until(lambda: all(p.stat().st_size for p in Path("runs/mine").glob("*/metrics.jsonl")), "three trials that log")
+    # two trials, which run at once on two cores too
+    process = onetorch("train", IDEA, "--seed", "0..1", "--pause", 0.1, "--steps", 1000, "--dir", "runs/mine")
+    until(lambda: len(list(Path("runs/mine").glob("*/metrics.jsonl"))) == 2, "two trials")
+    until(lambda: all(p.stat().st_size for p in Path("runs/mine").glob("*/metrics.jsonl")), "two trials that log")
     assert cli.main(["runs"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2
-    assert listed[1].split()[:5] == ["runs/mine", "running", "0", "of", "3"]
+    assert listed[1].split()[:5] == ["runs/mine", "running", "0", "of", "2"]
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number
-    assert "with 0 of 3 trials done; the same command goes on, and so does `onetorch resume runs/mine`" in err
+    assert "with 0 of 2 trials done; the same command goes on, and so does `onetorch resume runs/mine`" in err
     outputs = [p.read_text() for p in Path("runs/mine").glob("*/output.txt")]
     assert "Traceback" not in err + "".join(outputs)
-    assert [f"stopped: {number.name} came" in text for text in outputs] == [True] * 3
+    assert [f"stopped: {number.name} came" in text for text in outputs] == [True] * 2
     for path in Path("runs/mine").glob("*/run.json"):  # what was logged is saved
         done = json.loads(path.read_bytes())["progress"]["done"]
         assert (path.parent / "checkpoints" / f"{done:08d}").is_dir()
         assert rows(path.parent)[-1]["step"] == done
     assert cli.main(["runs", "runs/mine"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"  seed={seed}  " in listed for seed in range(3))
-    assert listed.count("stopped") == 3
+    assert all(f"  seed={seed}  " in listed for seed in range(2))
+    assert listed.count("stopped") == 2
 
 
 def test_a_gpu_that_the_import_woke_makes_each_trial_an_interpreter_of_its_own(tmp_path):
