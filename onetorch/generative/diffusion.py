@@ -42,8 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
 from onetorch.generative.ema import EMA
-from onetorch.runs import provenance
 from onetorch.runs.errors import RunError, UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 T_LAST = 0.999  # where sampling begins: at t = 1 no x_0 can be had from eps
@@ -483,7 +483,7 @@ def train(config: Config, run: Run) -> Diffusion:
         lambda choice: trial(config, choice),
         key=f"diffusion {config.backbone} {config.width} {config.depth} {config.patch} {config.stages} {config.shape} {config.batch}",
         dtype=("float32", "bfloat16"),
-        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
+        threads=thread_counts(),
         attention=("explicit", "sdpa"),
         layout=("contiguous_format", "channels_last") if config.backbone == "unet" else ("contiguous_format",),
     )

@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
 from onetorch.generative.ema import EMA
-from onetorch.runs import provenance
 from onetorch.runs.errors import RunError, UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 
@@ -347,7 +347,7 @@ def train(config: Config, run: Run) -> Glow:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"glow {config.scales} {config.steps_per_scale} {config.width} {config.coupling} {config.shape} {config.batch}",
-        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
+        threads=thread_counts(),
     )
     device = plan["device"]
     model, generator, digest = build(config).to(device), torch.Generator().manual_seed(config.seed), data.digest()

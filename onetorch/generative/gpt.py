@@ -37,8 +37,9 @@ from onetorch.generative import attention, data, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.generative.vocabulary import BYTES, Vocabulary, learn
-from onetorch.runs import distributed, provenance
+from onetorch.runs import distributed
 from onetorch.runs.errors import RunError, UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 UNKNOWN = "nats per token only: the bytes of token shards are not known, and so no bits per byte"
@@ -313,7 +314,7 @@ def train(config: Config, run: Run) -> GPT:
         f"{config.vocabulary}",
         attention=paths(config),
         dtype=("float32", "bfloat16"),
-        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
+        threads=thread_counts(),
     )
     model = prepare(build(config), plan)
     run.initialize(model)

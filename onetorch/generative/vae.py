@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
 from onetorch.generative.ema import EMA
-from onetorch.runs import provenance
 from onetorch.runs.errors import RunError, UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 IN_USE = 0.01  # nats for each of an image that a block's latent says at least, to count as in use
@@ -297,7 +297,7 @@ def train(config: Config, run: Run) -> VAE:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"vae {config.blocks} {config.width} {config.inner} {config.latent} {config.pixels} {config.shape} {config.batch}",
-        threads=tuple(n for n in (1, 2, 4) if n <= provenance.cores()),
+        threads=thread_counts(),
     )
     model, device, digest = build(config).to(plan["device"]), plan["device"], data.digest()
     work = flops(model)  # dropout draws from the generators that the next lines bring back

@@ -44,6 +44,7 @@ from onetorch.rl import evaluation
 from onetorch.rl.buffer import Batch, PrioritizedReplay, Replay
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 LOG_STEPS = 1000  # environment steps between two rows of metrics
@@ -239,9 +240,8 @@ def train(config: Config, run: Run) -> QNet:
 
         return work
 
-    threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
     key = f"dqn {config.env} {config.num_envs} {config.hidden} {config.batch_size} {config.update_every} {config.updates}"
-    plan = run.plan(measure, key=key, backend=environments.backends(config.env), threads=threads)
+    plan = run.plan(measure, key=key, backend=environments.backends(config.env), threads=thread_counts())
     total = math.ceil(config.total_steps / config.update_every)
     decay = config.epsilon_fraction * config.total_steps
 

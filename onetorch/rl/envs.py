@@ -21,7 +21,6 @@ import contextlib
 import difflib
 import importlib
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from onetorch.rl import env_worker
 from onetorch.rl.env_groups import Here, Worker, receive
 from onetorch.rl.env_worker import MAKING, REPLAYING, RESETTING, STEPPING, Fault
 from onetorch.runs.errors import RunError, UsageError
+from onetorch.runs.provenance import cores
 
 TIMEOUT = 60.0  # seconds that one reset or one step of one environment may take
 
@@ -365,11 +365,6 @@ def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
         steps += draws.shape[0] * num_envs
     envs.close()
     return steps / spent
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool = False) -> Spaces:

@@ -1,10 +1,12 @@
 """What the on-policy algorithms (vpg, trpo, ppo) share: a batch collected under the current policy, and a critic fitted to it."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from onetorch.rl import evaluation
 from onetorch.rl.envs import Envs, Spaces
 from onetorch.rl.nets import ActorCritic, Adam, RunningNorm
 from onetorch.rl.returns import discounted_return, gae
@@ -110,3 +112,17 @@ def env_counts(num_envs: int, batch_size: int) -> tuple[int, ...]:
     if num_envs:
         return (num_envs,)
     return tuple(n for n in (64, 32, 16, 8, 4, 2, 1) if batch_size % n == 0 and batch_size // n >= 64) or (1,)
+
+
+def scores(model: ActorCritic, env: str, frame_stack: int, media: Path | None, episodes: int, seed: int) -> dict[str, float | int | str]:
+    """`evaluation.evaluate` of the likeliest actions and of drawn ones, which leaves torch's generator as it was."""
+
+    def likeliest(obs: Tensor) -> Tensor:
+        return model.act(obs, None)
+
+    def drawn(obs: Tensor) -> Tensor:
+        return model.act(obs, model.noise(len(obs)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return evaluation.evaluate(likeliest, env, stochastic=drawn, media=media, episodes=episodes, seed=seed, frame_stack=frame_stack)

@@ -37,6 +37,7 @@ from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 
@@ -197,9 +198,8 @@ def train(config: Config, run: Run) -> Agent:
             explore(config, trial, True)
         return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
 
-    threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
     key = f"td3 {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
-    plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=threads)
+    plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 

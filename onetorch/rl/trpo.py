@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from onetorch.rl import envs as environments
-from onetorch.rl import evaluation
 from onetorch.rl.nets import ActorCritic, Adam
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, fit_value, scores
 from onetorch.rl.returns import explained_variance
+from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
 
 
@@ -222,9 +222,8 @@ def train(config: Config, run: Run) -> ActorCritic:
         return lambda: update(part, trial, rollout(part, trial, max(1, config.batch_size // choice["num_envs"] // 8)))
 
     sizes = env_counts(config.num_envs, config.batch_size)
-    threads = tuple(k for k in (1, 2, 4) if k <= environments.cores())
     key = f"trpo {config.env} {config.hidden} {config.batch_size} {config.cg_steps} {config.value_epochs} {config.value_minibatches}"
-    plan = run.plan(measure, key=key, num_envs=sizes, backend=environments.backends(config.env), threads=threads)
+    plan = run.plan(measure, key=key, num_envs=sizes, backend=environments.backends(config.env), threads=thread_counts())
     N = plan["num_envs"]
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))
@@ -246,13 +245,4 @@ def train(config: Config, run: Run) -> ActorCritic:
 def evaluate(model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
     """Mean return over episodes of their own, with a 95 % interval: of the likeliest actions, and of drawn ones as `stochastic_return`; `agent.mp4` under
     `media` is of the likeliest."""
-
-    def likeliest(obs: Tensor) -> Tensor:
-        return model.act(obs, None)
-
-    def drawn(obs: Tensor) -> Tensor:
-        return model.act(obs, model.noise(len(obs)))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return evaluation.evaluate(likeliest, config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)
+    return scores(model, config.env, config.frame_stack, media, episodes, seed)

@@ -117,6 +117,11 @@ def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], sec
     return mine < MARGIN * theirs
 
 
+def thread_counts() -> tuple[int, ...]:
+    """1, 2 and 4, as far as this process has cores: the candidates for "threads"."""
+    return tuple(n for n in (1, 2, 4) if n <= provenance.cores())
+
+
 def set_threads(choice: Choice) -> None:
     """Give torch the plan's number of threads, if it has one."""
     import torch
