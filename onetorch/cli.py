@@ -396,9 +396,10 @@ def _command_help(command: str, rest: list[str]) -> None:
     elif command in ("train", "sweep", "show"):
         _print(f"\n`onetorch {command} RECIPE --help` lists the recipe's fields.")
     if command == "eval" and targets and folder.holds_run(Path(targets[0])):
+        source = algorithm.of_run(Path(targets[0]))
         _print("\noptions:")
-        options = algorithm.of_run(Path(targets[0])).options
-        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in options.items()])
+        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in source.options.items()])
+        _print(f"\n{source.evaluates}")
 
 
 # -- commands that need no torch -----------------------------------------------------------------------------------------------------------------
