@@ -258,11 +258,13 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
   constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
   constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
   Buffer<int32_t> place(side.R);
-  const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, groups = (M + TOKENS - 1) / TOKENS;
-  int64_t panels = (groups - 1) / std::max<int64_t>(1, kPanel / int64_t(depth * TOKENS * sizeof(E))) + 1, splits = 1;
+  const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, vectors = (M + VW - 1) / VW;
+  int64_t panels = (vectors - 1) / std::max<int64_t>(NV, kPanel / int64_t(depth * VW * sizeof(E))) + 1, splits = 1;
   if (panels < threads) splits = std::min(side.C, 2 * threads / panels);
-  else while (panels % threads && panels < groups) panels++;
-  const int64_t most = (groups + panels - 1) / panels, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
+  else while (panels % threads && panels < vectors) panels++;
+  const int64_t unit = threads == 1 || panels >= 2 * threads ? NV : 1, units = (vectors + unit - 1) / unit;  // panels of whole groups, unless threads would then get unequal ones
+  panels = std::min(panels, units);
+  const int64_t most = ((units + panels - 1) / panels * unit + NV - 1) / NV, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
   const bool past_cache = streams(y, M * N, N, bn);
   const int64_t kept = side.offsets[side.C];
   Buffer<E> X(threads * most * depth * TOKENS);
@@ -282,30 +284,30 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
     const T* values = side.order ? turned.data : w;
     PRAGMA(omp for schedule(dynamic, 1))
     for (int64_t q = 0; q < panels * splits; q++) {
-      const int64_t panel = q / splits, split = q % splits, begin = panel * groups / panels, end = (panel + 1) * groups / panels;
-      auto width = [&](int64_t g, auto f) {  // vectors of this group; the last may have fewer
-        const int64_t left = M - g * TOKENS;
-        if (left > 2 * VW) f(std::integral_constant<int, 3>{});
-        else if (left > VW) f(std::integral_constant<int, 2>{});
-        else f(std::integral_constant<int, 1>{});
+      const int64_t panel = q / splits, split = q % splits, begin = panel * units / panels * unit, count = std::min(vectors, (panel + 1) * units / panels * unit) - begin, groups = (count + NV - 1) / NV;
+      auto group = [&](int64_t g, auto f) {  // f(number of vectors, first token)
+        const int64_t from = g * NV, n = std::min(NV, count - from), token = (begin + from) * VW;
+        if (n == 3) f(std::integral_constant<int, 3>{}, token);
+        else if (n == 2) f(std::integral_constant<int, 2>{}, token);
+        else f(std::integral_constant<int, 1>{}, token);
       };
-      for (int64_t g = begin; g < end; g++)
-        width(g, [&](auto nv) {
+      for (int64_t g = 0; g < groups; g++)
+        group(g, [&](auto nv, int64_t token) {
           for (int64_t r = 0; r < side.R; r++)
             if (place.data[r] >= 0)
-              pack_panel<T, E, P, VW * nv()>(packed + (g - begin) * depth * TOKENS + place.data[r] * bk * VW * nv(), x + g * TOKENS * xm + r * bk * xk, bk, bk, M - g * TOKENS, xk, xm);
+              pack_panel<T, E, P, VW * nv()>(packed + g * depth * TOKENS + place.data[r] * bk * VW * nv(), x + token * xm + r * bk * xk, bk, bk, M - token, xk, xm);
         });
       for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
         const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
         for (int64_t t = 0; t == 0 || t < n; t += slice)
-          for (int64_t g = begin; g < end; g++)
-            width(g, [&](auto nv) {
+          for (int64_t g = 0; g < groups; g++)
+            group(g, [&](auto nv, int64_t) {
               lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), values + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
-                                                 packed + (g - begin) * depth * TOKENS, sums + (g - begin) * bn * TOKENS, t == 0);
+                                                 packed + g * depth * TOKENS, sums + g * bn * TOKENS, t == 0);
             });
-        for (int64_t g = begin; g < end; g++)
-          width(g, [&](auto nv) {
-            write_tokens<T, VW, nv()>(sums + (g - begin) * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + g * TOKENS * N + c * bn, N, M - g * TOKENS, past_cache);
+        for (int64_t g = 0; g < groups; g++)
+          group(g, [&](auto nv, int64_t token) {
+            write_tokens<T, VW, nv()>(sums + g * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + token * N + c * bn, N, M - token, past_cache);
           });
       }
     }
