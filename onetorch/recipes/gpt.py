@@ -1,4 +1,4 @@
-"""Recipes of the byte-level GPT."""
+"""Recipes of GPT."""
 
 from typing import Any
 
@@ -23,4 +23,13 @@ def gpt_nanogpt_char(Config: Any) -> Any:
     return Config(
         steps=2000, batch=12, context=64, layers=4, heads=4, width=128, ngram_orders=(), ngram_rows=1, rotary_base=100.0, optimizer="adamw", lr_matrix=1e-3,
         lr_embedding=1e-3, lr_head=1e-3, schedule="cosine", warmup=100, lr_floor=0.1, clip=1.0,
+    )  # fmt: skip
+
+
+@recipe("gpt", reaches="")
+def gpt_digits(Config: Any) -> Any:
+    """GPT on scikit-learn's digits, pixel after pixel: exact bits per dimension, to be held beside Glow's and the VAE's."""
+    return Config(
+        images="digits", vocabulary=18, context=64, batch=32, steps=400, width=128, heads=4, layers=3, ngram_orders=(2, 3), ngram_rows=8192, rotary_base=100.0,
+        ema=(0.99,), final="ema", eval_every=100, eval_windows=360, eval_samples=20,
     )  # fmt: skip
