@@ -18,6 +18,12 @@ def gpt_shakespeare(Config: Any) -> Any:
 
 
 @recipe("gpt", reaches="")
+def gpt_shakespeare_256(Config: Any) -> Any:
+    """The same for a few minutes of a core: windows of 256 bytes, 3.1 million parameters, most of them in the table of n-grams."""
+    return Config(steps=300, batch=16, context=256, heads=4, width=192, ngram_rows=65_536, rotary_base=300.0)
+
+
+@recipe("gpt", reaches="")
 def gpt_nanogpt_char(Config: Any) -> Any:
     """The set-up of nanoGPT's CPU recipe under our code: its sizes, batches, Adam with a cosine; the first rung of benchmarks/ladder.py."""
     return Config(
