@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.plan import thread_counts
@@ -103,8 +104,8 @@ class State:
 
     model: Agent
     target: Agent  # the slow copy
-    pi_optimizer: torch.optim.Optimizer
-    q_optimizer: torch.optim.Optimizer
+    pi_optimizer: Adam
+    q_optimizer: Adam
     envs: environments.Envs
     replay: Replay
     rng: torch.Generator  # of actions, batches and noise
@@ -135,8 +136,8 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     spaces = environments.spaces(config.env)
     return State(
         model, target,
-        torch.optim.Adam([model.pi.flat], lr=config.lr, fused=True),
-        torch.optim.Adam([model.q.flat], lr=config.q_lr or config.lr, fused=True),
+        Adam(([model.pi.flat], config.lr)),
+        Adam(([model.q.flat], config.q_lr or config.lr)),
         environments.make(config.env, config.num_envs, config.seed, backend),
         Replay(config.replay, (spaces.obs_dim,), (spaces.act_dim,), num_envs=config.num_envs),
         torch.Generator().manual_seed(config.seed),

@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
@@ -116,8 +117,8 @@ class State:
 
     model: Agent
     target: Stack  # the critics' slow copy
-    pi_optimizer: torch.optim.Optimizer
-    q_optimizer: torch.optim.Optimizer
+    pi_optimizer: Adam
+    q_optimizer: Adam
     log_alpha: Tensor  # ()
     envs: environments.Envs
     replay: Replay
@@ -147,8 +148,8 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     log_alpha = torch.tensor(math.log(config.alpha or 1.0), requires_grad=config.alpha is None)
     return State(
         model, target,
-        torch.optim.Adam([model.pi.flat, *([log_alpha] if config.alpha is None else [])], lr=config.lr, fused=True),
-        torch.optim.Adam([model.q.flat], lr=config.q_lr or config.lr, fused=True),
+        Adam(([model.pi.flat, *([log_alpha] if config.alpha is None else [])], config.lr)),
+        Adam(([model.q.flat], config.q_lr or config.lr)),
         log_alpha, environments.make(config.env, config.num_envs, config.seed, backend),
         Replay(config.replay, (spaces.obs_dim,), () if spaces.discrete else (spaces.act_dim,), num_envs=config.num_envs,
                act_dtype=torch.int64 if spaces.discrete else torch.float32),
