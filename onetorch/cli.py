@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -395,9 +396,10 @@ def _command_help(command: str, rest: list[str]) -> None:
     elif command in ("train", "sweep", "show"):
         _print(f"\n`onetorch {command} RECIPE --help` lists the recipe's fields.")
     if command == "eval" and targets and folder.holds_run(Path(targets[0])):
+        source = algorithm.of_run(Path(targets[0]))
         _print("\noptions:")
-        options = algorithm.of_run(Path(targets[0])).options
-        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in options.items()])
+        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in source.options.items()])
+        _print(f"\n{source.evaluates}")
 
 
 # -- commands that need no torch -----------------------------------------------------------------------------------------------------------------
@@ -406,9 +408,13 @@ def _command_help(command: str, rest: list[str]) -> None:
 def _list(positional: list[str], flags: Flags) -> int:
     _none(positional, "list")
     _nothing_left(flags, (), "list")
-    rows = [("RECIPE", "ALGORITHM", "REACHES", "WHAT IT IS")]
-    rows += [(r.name, r.algorithm, r.reaches or "-", r.doc) for r in recipes.known().values()]
-    _table(rows, widest=80)
+    listed = recipes.known().values()
+    indent = max(len(recipe.name) for recipe in listed) + 2
+    columns = max(shutil.get_terminal_size((120, 0)).columns, indent + 40)
+    for recipe in listed:
+        for start, text in ((recipe.name, recipe.doc), ("", f"reaches: {recipe.reaches}" if recipe.reaches else "")):
+            if text:
+                _print(textwrap.fill(text, columns, initial_indent=start.ljust(indent), subsequent_indent=" " * indent))
     return 0
 
 
