@@ -276,14 +276,14 @@ def train(config: Config, run: Run) -> QNet:
 
 
 def evaluate(
-    model: QNet, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, epsilon: float = 0.0
+    model: QNet, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, epsilon: float | None = None
 ) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `epsilon`: share of random actions (Mnih et al.: 0.05)."""
+    """Mean return over episodes of their own, with a 95 % interval: of the best actions, and with a share epsilon of random ones as `stochastic_return`;
+    `agent.mp4` under `media` is of the best. `epsilon`: None is that of the end of training; Mnih et al. take 0.05."""
+    share, rng = config.epsilon if epsilon is None else epsilon, torch.Generator().manual_seed(seed)
 
-    def policy(obs: Tensor) -> Tensor:
-        best = model(obs).argmax(1)
-        return torch.where(torch.rand(len(obs)) < epsilon, torch.randint(model.act_dim, (len(obs),)), best)
+    def exploring(obs: Tensor) -> Tensor:
+        random, act = torch.rand(len(obs), generator=rng) < share, torch.randint(model.act_dim, (len(obs),), generator=rng)
+        return torch.where(random, act, model.act(obs))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(model.act, config.env, stochastic=exploring, media=media, episodes=episodes, seed=seed)

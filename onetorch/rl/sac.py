@@ -259,11 +259,11 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 
 def train(config: Config, run: Run) -> Agent:
-    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
+    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # a gradient step on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
+        return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
@@ -306,9 +306,12 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
         run.phase("environment")
 
 
-def evaluate(
-    model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, deterministic: bool = True
-) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `deterministic`: the likeliest actions, else drawn."""
-    rng = None if deterministic else torch.Generator().manual_seed(seed)
-    return evaluation.evaluate(lambda obs: model.act(obs, rng), config.env, media=media, episodes=episodes, seed=seed)
+def evaluate(model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
+    """Mean return over episodes of their own, with a 95 % interval: of the likeliest actions, and of drawn ones as `stochastic_return`; `agent.mp4` under
+    `media` is of the likeliest."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def drawn(obs: Tensor) -> Tensor:
+        return model.act(obs, rng)
+
+    return evaluation.evaluate(lambda obs: model.act(obs, None), config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed)

@@ -193,11 +193,11 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 
 def train(config: Config, run: Run) -> Agent:
-    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
+    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two gradient steps, one of them the policy's too, on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
+        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(2)]
 
     key = f"td3 {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
@@ -239,5 +239,11 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
 
 
 def evaluate(model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`."""
-    return evaluation.evaluate(model, config.env, media=media, episodes=episodes, seed=seed)
+    """Mean return over episodes of their own, with a 95 % interval: of pi(s), and with noise as in training as `stochastic_return`; `agent.mp4` under `media`
+    is without."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def noisy(obs: Tensor) -> Tensor:
+        return model(obs) + config.act_noise * torch.randn(len(obs), model.act_dim, generator=rng)  # what lies beyond [-1, 1] is clipped
+
+    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed)

@@ -404,4 +404,6 @@ def test_episodes_are_evaluated_without_training_state() -> None:
     model = dqn.build(SMALL)
     results = [dqn.evaluate(model, SMALL, episodes=30, epsilon=1.0) for _ in range(2)]
     assert results[0] == results[1]
-    assert 10 < float(results[0]["return"]) < 40  # random actions
+    assert 10 < float(results[0]["stochastic_return"]) < 40  # random actions
+    greedy = dqn.evaluate(model, SMALL, episodes=30, epsilon=0.0)
+    assert greedy["stochastic_return"] == greedy["return"] == results[0]["return"]
