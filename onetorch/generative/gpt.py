@@ -318,6 +318,7 @@ def train(config: Config, run: Run) -> GPT:
     )
     model = prepare(build(config), plan)
     run.initialize(model)
+    network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
     digest = data.digest(text)
     generator = torch.Generator().manual_seed(config.seed)
@@ -327,7 +328,6 @@ def train(config: Config, run: Run) -> GPT:
     train_tokens, held_out = spell(model, parts, config)
     if model.vocabulary() is None:
         run.say(UNKNOWN)
-    network = distributed.wrap(model)
     cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
     for state.iteration in run.steps(state.iteration, config.steps):
@@ -339,7 +339,7 @@ def train(config: Config, run: Run) -> GPT:
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
         loss = distributed.mean(gradient(network, window, config.accumulate))
-        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
         run.finite(loss=loss, grad_norm=grad_norm)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
@@ -355,14 +355,12 @@ def train(config: Config, run: Run) -> GPT:
         run.phase("update")
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
-            evaluated = validate(model, state.ema, held_out, config)
-            if distributed.rank() == 0:
-                (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+            evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}.txt")
         run.phase("evaluation")
         run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
-    return model
+    return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
 def read(config: Config) -> Any:
@@ -460,26 +458,30 @@ def score(model: GPT, tokens: data.Tokens, count: int | None = None) -> Score:
     return Score(float(n.sum() / t.sum()), data.block_standard_error(n / t, t), int(t.sum()), *known)
 
 
-def validate(model: GPT, ema: EMA, held_out: data.Tokens, config: Config) -> dict[str, float]:
-    """The columns of an evaluation during training: of the weights themselves and of each of their averages."""
-    columns = score(model, held_out, config.eval_windows).columns("val_")
-    for rate in ema.rates:
-        with ema.swapped(rate):
+def validate(model: GPT, ema: EMA, held_out: data.Tokens, samples: Path) -> dict[str, float]:
+    """The columns of an evaluation during training: of the weights themselves and of each of their averages.
+
+    Samples of the weights and of their first average, begun with the same seed, go to the file `samples`, as far as the seconds that the config grants suffice.
+    Of several processes the first does the work.
+    """
+    config, columns, texts = model.config, dict[str, float](), list[str]()
+    for rate in (None, *ema.rates):
+        with ema.swapped(rate), distributed.whole(model):
+            if distributed.rank():
+                continue
             found = score(model, held_out, config.eval_windows)
-        columns |= {f"val_loss_ema_{rate:g}": found.loss} if found.bpb is None else {f"val_bpb_ema_{rate:g}": found.bpb}
+            if rate is None:
+                columns = found.columns("val_")
+            else:
+                columns |= {f"val_loss_ema_{rate:g}": found.loss} if found.bpb is None else {f"val_bpb_ema_{rate:g}": found.bpb}
+            if config.eval_samples and rate in (None, *ema.rates[:1]):
+                generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
+                written = write(model, "\n", 400, generator, config.eval_samples, temperature=0.8, seconds=seconds)
+                name = f", average {rate:g}" if rate is not None else ""
+                texts += [f"--- sample {i}{name} ---\n{t}\n" for i, t in enumerate(written, 1)]
+    if distributed.rank() == 0:
+        samples.write_text("\n".join(texts), encoding="utf-8")
     return columns
-
-
-def show(model: GPT, ema: EMA, config: Config) -> str:
-    """Samples of the weights and, where there is one, of their first average, within the seconds that the config grants; the same seed for both."""
-    parts = []
-    for rate in (None, *ema.rates[:1]) if config.eval_samples else ():
-        with ema.swapped(rate):
-            generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
-            texts = write(model, "\n", 400, generator, config.eval_samples, temperature=0.8, seconds=seconds)
-        name = f", average {rate:g}" if rate is not None else ""
-        parts += [f"--- sample {i}{name} ---\n{t}\n" for i, t in enumerate(texts, 1)]
-    return "\n".join(parts)
 
 
 def generate(model: GPT, prompt: bytes, length: int, generator: torch.Generator, rows: int = 1, **how: Any) -> list[bytes]:
