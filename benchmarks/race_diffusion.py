@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--images", choices=list(RECIPE), default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--milestones", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000])
-    parser.add_argument("--steps", type=int, nargs="+", default=[15, 20, 30, 40, 80, 160], help="of our runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=[15, 20, 25, 30, 40, 80, 160, 400], help="of our runs")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--peer-sampling", type=int, default=50, help="steps of the peer's DDIM at the milestones")
     parser.add_argument("--peer-ladder", type=int, nargs="*", default=[10, 20, 100])

@@ -148,6 +148,7 @@ class UNet(nn.Module):
             inner = outer
         self.norm, self.leave = nn.GroupNorm(8, inner), nn.Conv2d(inner, channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
