@@ -32,7 +32,8 @@ AGGREGATE, ALONE = 3.5, 0.95
 
 def run(words: list[str], cores: set[int], folder: Path) -> float:
     """Seconds of a whole command that may use these cores."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH")))), "XDG_CACHE_HOME": str(folder)}
+    path = os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(folder)}
     environment.pop("OMP_NUM_THREADS", None)
     begin = time.perf_counter()
     subprocess.run(
@@ -57,7 +58,8 @@ def main() -> int:
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     n = len(cores)
-    result: dict[str, Any] = {"cores": n, "wanted": {"aggregate": AGGREGATE * n / 4, "all cores against one": ALONE}, "load before": os.getloadavg()[0], "rows": {}}
+    wanted = {"aggregate": AGGREGATE * n / 4, "all cores against one": ALONE}
+    result: dict[str, Any] = {"cores": n, "wanted": wanted, "load before": os.getloadavg()[0], "rows": {}}
     good = True
     for algorithm in options.algorithms:
         env, steps = WORK[algorithm]
