@@ -74,8 +74,8 @@ class Config:
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
     momentum: float = 0.9  # Muon's, or the first beta of Adam for the matrices
-    base_width: int | None = None  # the rates were chosen at this width and are carried over to `width` (mu-P); none: they are this width's
-    base_batch: int | None = None  # the rates were chosen with this batch: they grow with the root of the batch; none: they are this batch's
+    base_width: int | None = 192  # the rates are those of this width, and are carried over to `width` (mu-P); none: of whatever the width is
+    base_batch: int | None = 16  # the rates are those of this batch, and grow with the root of the batch; none: of whatever the batch is
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
     warmup: int = 5  # steps in which the rates rise from zero
     decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall

@@ -19,7 +19,7 @@ from onetorch.runs.run import Run
 
 TINY = gpt.Config(
     steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_orders=(2, 3), ngram_rows=50, ngram_width=8, lr_matrix=0.03, warmup=2, rotary_base=30.0,
-    eval_every=4, eval_windows=4,
+    base_width=None, base_batch=None, eval_every=4, eval_windows=4,
 )  # fmt: skip
 PLAN = "threads=1,dtype=float32,attention=explicit"
 
@@ -264,7 +264,7 @@ from onetorch.runs.run import Run
 
 where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
 config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4,
-                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270)
+                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270, base_width=None, base_batch=None)
 run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
 save = run.checkpoint
 def checkpoint(state):
@@ -390,6 +390,10 @@ def test_rates_are_carried_over_to_width_and_batch() -> None:
         return [g["rate"] for o in gpt.optimizers(gpt.build(config), config) for g in o.param_groups]
 
     own = rates()
+    # As it is without a word said: four times the default's batch, half its width.
+    assert rates(base_width=gpt.Config.base_width, base_batch=gpt.Config.base_batch, width=96, batch=64) == pytest.approx(
+        [2 * own[0], 2 * own[1], 2 * own[2] * 2, 2 * own[3]]
+    )
     assert rates(base_width=16, base_batch=4) == own
     assert rates(base_width=4) == pytest.approx([own[0], own[1], own[2] / 4, own[3]])
     assert rates(base_batch=1) == pytest.approx([2 * r for r in own])
