@@ -32,7 +32,7 @@ onetorch: create, run and share optimized PyTorch models
   onetorch sweep RECIPE [--field a b c …]    one run for each combination of the values
   onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
-  onetorch eval RUN [--option value …]       evaluate a run, or a model folder, from its folder alone
+  onetorch eval RUN [--option value …]       evaluate a run from its folder alone
   onetorch plot RUN… [--x seconds] [--y …]   draw curves, mean and interval over seeds, to PNG or SVG
   onetorch report RUN… [--y NAME]            one HTML page: curves, statistics, media, where it came from
   onetorch diff A B                          what differs between two runs: config, metrics, weights
@@ -122,10 +122,7 @@ The same command once more skips what is done, goes on with what was stopped or 
 Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Exit code 3 when a trial is not done.""",
     "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit; or with the sweep in DIR.",
     "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
-    "eval": (
-        "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.\n"
-        "Of a model folder the results are printed and nothing is written; `onetorch verify FOLDER --results` compares them with its card."
-    ),
+    "eval": "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.",
     "plot": (
         "onetorch plot RUN… | SWEEP [--x steps|seconds] [--y NAME …] [--out FILE.png|FILE.svg]: draw curves. A SWEEP is a folder with runs in it.\n"
         "Runs that differ only in seed are one group: its mean, with a 95 % bootstrap interval. Without --x over both, without --y the first six quantities,\n"
@@ -883,16 +880,9 @@ def _number(value: Any) -> str:
 
 def _eval(positional: list[str], flags: Flags) -> int:
     (trusted,) = _switches(positional, flags, "trust_code")
-    path = Path(_only(positional, "run or model folder", "eval"))
-    shared = (path / "manifest.json").exists()  # a model folder is sealed: nothing is written there, and its code is a stranger's
-    gate = _gate(trusted, False, trust.nobody if shared else trust.own_only)
-    if shared:
-        from onetorch.share import folder as folders
-        from onetorch.share import places
-        from onetorch.share.load import load_model
-
-        loaded = load_model(folders.read(places.place(str(path))), gate)
-    source = loaded.source if shared else algorithm.of_run(path, gate)
+    path = Path(_only(positional, "run", "eval"))
+    gate = _gate(trusted, False, trust.own_only)
+    source = algorithm.of_run(path, gate)
     kinds = {name: kind for name, (kind, _) in source.options.items()}
     options: dict[str, Any] = {}
     for flag, texts in flags.items():
@@ -904,9 +894,6 @@ def _eval(positional: list[str], flags: Flags) -> int:
         except ValueError as error:
             raise UsageError(f"--{name}: {error}") from error
 
-    if shared:
-        _table([(name, _number(value)) for name, value in loaded.module.evaluate(loaded.model, loaded.config, media=None, **options).items()])
-        return 0
     from onetorch.share.load import load_run
 
     run = load_run(path, gate)
