@@ -77,7 +77,7 @@ def child(kind: str, context: int, seed: int, arguments: argparse.Namespace) -> 
             model = gpt.train(config, run)
             plan = dict(run.record["plan"])
         rows = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]
-    result = gpt.evaluate(model, config, windows=2**17 // context, count_model=False)
+    result = gpt.evaluate(model, config, windows=2**17 // context, baselines=False)
     seconds = statistics.median(b["cpu_seconds"] - a["cpu_seconds"] for a, b in itertools.pairwise(rows) if "val_bpb" not in b)
     found = {"kind": kind, "context": context, "seed": seed, "plan": plan, "curve": curve, "step_cpu_seconds": seconds}
     found |= {"bpb": result["bpb"], "bpb_se": result["bpb_se"], "flops_per_byte": gpt.flops(config, context) / context}

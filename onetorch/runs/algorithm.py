@@ -50,6 +50,11 @@ class Algorithm:
         """The file's name without its ending."""
         return self.path.stem
 
+    @property
+    def in_several_processes(self) -> bool:
+        """Whether its `train` can share out a run among processes: it has to wrap its model for that."""
+        return b"distributed.wrap(" in self.code
+
     def load(self) -> types.ModuleType:
         """Import the file (and so torch). UsageError names the file and line if it does not import."""
         if self.module:

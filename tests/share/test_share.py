@@ -87,6 +87,18 @@ def test_card_of_an_unmeasured_run_without_licence_says_so(run: Path, tmp_path: 
     assert "no results" in err
 
 
+def test_a_model_folder_is_evaluated_as_its_run_and_stays_as_it_is(run: Path, model: Path, onetorch) -> None:
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    code, out, _ = onetorch("eval", model, "--trust-code", "--rows", 8)
+    assert code == 0
+    of_run = dict(line.split()[:2] for line in onetorch("eval", run, "--rows", 8)[1].splitlines()[:3])
+    of_model = dict(line.split()[:2] for line in out.splitlines()[-5:] if line.split()[0] in of_run)
+    assert of_model == of_run
+    assert of_run["rows"] == "8"
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+    assert onetorch("eval", model, "--trust-code", "--columns", 8)[0] == 2
+
+
 def test_eval_of_another_checkpoint_is_not_its_result(run: Path, tmp_path: Path, onetorch) -> None:
     assert onetorch("eval", run, "--rows", 8)[0] == 0
     assert onetorch("share", run, "one", "--yes")[0] == 0

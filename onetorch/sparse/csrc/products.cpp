@@ -179,6 +179,46 @@ inline void lines_of_column(int64_t n, const T* w, const int32_t* rows, const in
   }
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+inline vec<uint32_t, 16> as_pairs(vec<float, 16> low, vec<float, 16> high) {  // two neighbouring outputs of each lane's token, as bf16 in one word
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vec<uint32_t, 16>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
+// The sums of a group of tokens, which stand across the lanes (line, NV, VW), to Y, a token a row. What a row gets is written as whole cache lines: rows are often 4096
+// bytes apart, one set of the first-level cache, and a line written in two halves would be fetched twice.
+template <class T, int VW, int NV>
+inline void write_tokens(const typename Mode<T>::Acc* sums, int64_t bn, const T* bias, T* y, int64_t N, int64_t left, bool past_cache) {
+  using Acc = typename Mode<T>::Acc;
+  constexpr int64_t P = sizeof(Acc) / sizeof(T);  // elements of Y in a word
+  for (int64_t j = 0; j < NV && j * VW < left; j++)
+    for (int64_t line = 0; line < bn; line += VW * P) {
+      auto sum = [&](int64_t i) {
+        const vec<Acc, VW> v = load<vec<Acc, VW>>(sums + ((line + i) * NV + j) * VW);
+        return bias ? v + widen(bias[line + i]) : v;
+      };
+      const int64_t words = std::min<int64_t>(VW, (bn - line) / P), tokens = std::min<int64_t>(VW, left - j * VW);
+      alignas(64) uint32_t tile[VW * VW];
+      for (int64_t i = 0; i < words; i++) {
+        vec<uint32_t, VW> word;
+        if constexpr (P == 2) word = as_pairs(sum(2 * i), sum(2 * i + 1));
+        else word = (vec<uint32_t, VW>)sum(i);
+        std::memcpy(tile + i * VW, &word, sizeof(word));
+      }
+      T* to = y + j * VW * N + line;
+      if (words == VW && tokens == VW) {
+        if (past_cache) {
+          transpose_words<VW>(tile, VW, tile, VW);
+          for (int64_t t = 0; t < VW; t++) stream_line(to + t * N, tile + t * VW);
+        } else transpose_words<VW>(reinterpret_cast<uint32_t*>(to), N / P, tile, VW);
+        continue;
+      }
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < words; i++) std::memcpy(to + t * N + i * P, tile + i * VW + t, 4);
+    }
+}
+
 template <class T, int VW, int ROWS>
 void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
@@ -190,6 +230,7 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
   if (panels < threads) splits = std::min(side.C, 2 * threads / panels);
   else while (panels % threads && panels < groups) panels++;
   const int64_t most = (groups + panels - 1) / panels, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
+  const bool past_cache = streams(y, M * N, N, bn);
   Buffer<E> X(threads * most * depth * TOKENS);
   Buffer<Acc> S(threads * most * bn * TOKENS);
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
@@ -220,18 +261,11 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
             });
         for (int64_t g = begin; g < end; g++)
           width(g, [&](auto nv) {
-            for (int64_t j = 0; j < nv(); j++)
-              for (int64_t line = 0; line < bn; line += VW) {
-                Acc tile[VW * VW];  // a token a row
-                transpose_words<VW>(reinterpret_cast<uint32_t*>(tile), VW, reinterpret_cast<const uint32_t*>(sums + (g - begin) * bn * TOKENS + (line * nv() + j) * VW), VW * nv());
-                const int64_t token = g * TOKENS + j * VW, n0 = c * bn + line;
-                vec<Acc, VW> b{};
-                if (bias) { UNROLL for (int e = 0; e < VW; e++) b[e] = widen(bias[n0 + e]); }
-                for (int64_t i = 0; i < std::min<int64_t>(VW, M - token); i++) emit<Acc, T, VW>(y + (token + i) * N + n0, load<vec<Acc, VW>>(tile + i * VW) + b, VW);
-              }
+            write_tokens<T, VW, nv()>(sums + (g - begin) * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + g * TOKENS * N + c * bn, N, M - g * TOKENS, past_cache);
           });
       }
     }
+    stream_end();
   }
 }
 
