@@ -66,15 +66,14 @@ class Config:
     lr: float = 1e-3  # Adam's step size
     anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
-    target_every: int = 250  # gradient steps between two updates of the target
-    tau: float = 1.0  # how far such an update moves the target: 1 is a copy (Mnih), 0.005 with target_every 1 is Polyak's average (Lillicrap)
+    target_every: int = 1  # gradient steps between two updates of the target
+    tau: float = 0.01  # how far such an update moves the target: with target_every 1 Polyak's average (Lillicrap); 1 is a copy, for target_every 250 say (Mnih)
     epsilon: float = 0.04  # share of random actions at the end; it begins with 1
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
     double: bool = True  # double Q-learning
     dueling: bool = False  # dueling streams
     n_step: int = 3  # n, rewards added up before a value follows
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
-    huber: float = 1.0  # delta: errors of Q beyond it count linearly, not by their square
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
@@ -83,7 +82,7 @@ class Config:
         for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "huber", "max_grad_norm"):
+        for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("gamma", "epsilon", "epsilon_fraction", "priority", "beta"):
@@ -217,9 +216,9 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.huber_loss(q, y, delta=config.huber, weight=weight)
-        # dL/dQ(s, a) = w clamp(error, -delta, delta) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
-        slope = error.clamp(-config.huber, config.huber) / config.batch_size
+        loss = F.huber_loss(q, y, weight=weight)
+        # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
+        slope = error.clamp(-1, 1) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
         optimizer.zero_grad()
         values.backward(slopes)
