@@ -1,27 +1,34 @@
 """What every algorithm earns on every environment: one table, with the target and the published figure beside.
 
     python benchmarks/returns.py                                            every cell, as far as it is not done yet, then the table
-    python benchmarks/returns.py --only ppo:HalfCheetah-v5 --seeds 3 --core 2
+    python benchmarks/returns.py --only sac:HalfCheetah-v5:300000 --seeds 3 --core 2
+    python benchmarks/returns.py --only sac:HalfCheetah-v5:300000 --seeds 1 --core 3 --peer PYTHON      stable-baselines3 in ours' place
     python benchmarks/returns.py --table                                    the table of what is there
 
-A run is `onetorch train RECIPE --env ENV --total_steps N --seed S` in a process of its own pinned to one core, RECIPE being the tuned one for that environment
+A run is `onetorch train RECIPE --env ENV --total_steps N --seed S` in a process of its own with one thread, RECIPE being the tuned one for that environment
 where there is one (`ppo-halfcheetah`), else the algorithm's name. What it earns is what `train` measures at its end: the mean undiscounted return of 20
 episodes in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number,
-its command, config, seconds and curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, so
-this can be stopped and continued, and several can work on different cells. A cell's number is the mean over its seeds with a 95 % interval by Student's t.
+its command, config, seconds and curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, and one
+that was stopped or killed goes on from its last checkpoint in runs/returns, so this can be stopped and continued, and several can work on different cells.
+A cell's number is the mean over its seeds with a 95 % interval by Student's t. Settings are chosen on other seeds than these.
 
-Targets are this project's own. Published figures: `zoo` is RL Baselines3 Zoo's benchmark.md, one run each, tuned, deterministic, of the older environments of
-the same names (v3 for MuJoCo, LunarLander-v2); `spinup` is about what the curves on Spinning Up's benchmarks page show
-at a million steps of HalfCheetah-v3.
+With `--peer PYTHON` the runs are stable-baselines3's, of the same algorithm at its own defaults, under that interpreter: its log is a monitor.csv in
+runs/returns, which `onetorch plot` and `report` draw beside ours, its evaluation is the same (20 episodes, the likeliest actions, the same environment seeds),
+and its results stand in files called sb3-…. Such a run cannot go on once it was cut; its curve stays.
+
+Targets are this project's own; at 300,000 steps the peer's figure is the target. Published figures: `zoo` is RL Baselines3 Zoo's benchmark.md, one run each,
+tuned, deterministic, of the older environments of the same names (v3 for MuJoCo, LunarLander-v2); `spinup` is about what the curves on Spinning Up's
+benchmarks page show at a million steps of HalfCheetah-v3.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +36,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))  # the onetorch beside this file, as in the runs that it starts
 FOLDER = HERE.parent / "results" / "returns"
+RUNS = HERE.parent.parent / "runs" / "returns"  # while they go
 POINTS = 60  # of a curve that are kept
+EPISODES, EVALUATION_SEED = 20, 1_000_000  # of the algorithms' own `evaluate`
 
 
 class Cell(NamedTuple):
@@ -65,6 +74,13 @@ CELLS = (
     Cell("trpo", "Hopper-v5", 1_000_000, 3),
     Cell("trpo", "Walker2d-v5", 1_000_000, 3),
     Cell("vpg", "HalfCheetah-v5", 1_000_000, 3, 600, "600 spinup"),
+    Cell("sac", "HalfCheetah-v5", 300_000, 3),
+    Cell("sac", "Hopper-v5", 300_000, 3),
+    Cell("sac", "Walker2d-v5", 300_000, 3),
+    Cell("td3", "HalfCheetah-v5", 300_000, 3),
+    Cell("td3", "Hopper-v5", 300_000, 3),
+    Cell("td3", "Walker2d-v5", 300_000, 3),
+    Cell("ddpg", "HalfCheetah-v5", 300_000, 3),
     Cell("sac", "HalfCheetah-v5", 1_000_000, 3, 12_000, "9535 zoo"),
     Cell("sac", "Hopper-v5", 1_000_000, 3, 3500, "2326 zoo"),
     Cell("sac", "Walker2d-v5", 1_000_000, 3, 5000, "3863 zoo"),
@@ -83,74 +99,157 @@ def recipe(cell: Cell) -> str:
     return tuned if tuned in recipes.known() else cell.algorithm
 
 
-def train(cell: Cell, seed: int) -> dict[str, Any]:
-    """One run to its end, as a row. Raises CalledProcessError, with the run's last words on stderr."""
-    words = ["train", recipe(cell), "--env", cell.env, "--total_steps", str(cell.steps), "--seed", str(seed)]
+def plan(cell: Cell) -> str:
+    """The part of the speed plan that is fixed: one thread, and bfloat16 products where an algorithm and the machine have them, so that all seeds run alike."""
+    from onetorch.rl import stacks
+
+    return "threads=1" + (",dtype=bfloat16" if cell.algorithm in ("sac", "td3", "ddpg") and "bfloat16" in stacks.dtypes() else "")
+
+
+def run(words: list[str]) -> None:
+    """One process to its end. Raises CalledProcessError, with its last words on stderr."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        done = subprocess.run([sys.executable, "-m", "onetorch", *words, "--dir", str(folder)], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            sys.stderr.write(done.stderr[-2000:])
-            done.check_returncode()
-        record, config = (json.loads((folder / name).read_text()) for name in ("run.json", "config.json"))
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "return" in row]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.stderr.write(done.stderr[-2000:])
+        done.check_returncode()
+
+
+def thin(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Columns of at most POINTS of the rows."""
     kept = [rows[round(k * (len(rows) - 1) / (POINTS - 1))] for k in range(POINTS)] if len(rows) > POINTS else rows
+    return {name: [row[name] for row in kept] for name in names}
+
+
+def train(cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
+    """One run to its end, as a row."""
+    words = ["train", recipe(cell), "--env", cell.env, "--total_steps", str(cell.steps), "--seed", str(seed), "--plan", plan(cell)]
+    command = ["resume", str(folder)] if (folder / "run.json").exists() else [*words, "--dir", str(folder)]
+    run([sys.executable, "-m", "onetorch", *command, "--checkpoint_seconds", "60"])
+    record, config = (json.loads((folder / name).read_text()) for name in ("run.json", "config.json"))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "algorithm": cell.algorithm, "env": cell.env, "steps": cell.steps, "seed": seed, "command": " ".join(["onetorch", *words]),
         "result": {k: v for k, v in record["result"].items() if k != "video"},
         "cost": record["cost"], "plan": record["plan"], "config": config["config"],
         "versions": record["versions"], "machine": record["hardware"], "python": platform.python_version(),
-        "curve": {name: [row[name] for row in kept] for name in ("step", "return", "cpu_seconds", "seconds")},
+        "curve": thin([row for row in rows if "return" in row], ("step", "return", "cpu_seconds", "seconds")),
     }  # fmt: skip
 
 
-def table() -> list[str]:
+def train_peer(cell: Cell, seed: int, folder: Path, python: str) -> dict[str, Any]:
+    """One run of stable-baselines3 to its end, as a row; it goes on nowhere, so it begins anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run([python, str(HERE), "--as_peer", cell.algorithm, cell.env, str(cell.steps), str(seed), str(folder)])
+    row = json.loads((folder / "result.json").read_text())
+    return {"algorithm": cell.algorithm, "env": cell.env, "steps": cell.steps, "seed": seed} | row
+
+
+def as_peer(algorithm: str, env: str, steps: int, seed: int, folder: Path) -> None:
+    """stable-baselines3's `algorithm` at its defaults, in an interpreter that has it: monitor.csv and result.json in `folder`."""
+    import csv
+    from importlib import metadata
+
+    import gymnasium
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.monitor import Monitor
+
+    torch.set_num_threads(1)
+    start, cpu = time.perf_counter(), time.process_time()
+    model = getattr(stable_baselines3, algorithm.upper())("MlpPolicy", Monitor(gymnasium.make(env), str(folder / "monitor.csv")), seed=seed)
+    model.learn(steps)
+    cost = {"seconds": round(time.perf_counter() - start, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    model.save(folder / "model.zip")
+    returns, one = [], gymnasium.make(env)
+    for episode in range(EPISODES):
+        (obs, _), total, done = one.reset(seed=EVALUATION_SEED + episode), 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = one.step(model.predict(obs, deterministic=True)[0])
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    rows: list[dict[str, Any]] = []
+    with (folder / "monitor.csv").open() as file:
+        file.readline()  # a remark
+        episodes = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for k, row in enumerate(episodes):
+        last = [episode["r"] for episode in episodes[max(0, k - 99) : k + 1]]
+        rows.append({"step": int(row["l"]) + (rows[-1]["step"] if rows else 0), "return": round(sum(last) / len(last), 3), "seconds": row["t"]})
+    mean = sum(returns) / EPISODES
+    result = {
+        "command": f"stable_baselines3.{algorithm.upper()}('MlpPolicy', '{env}', seed={seed}).learn({steps}), one thread",
+        "result": {"return": round(mean, 3), "return_min": round(min(returns), 3), "return_max": round(max(returns), 3), "episodes": EPISODES},
+        "cost": cost, "versions": {name: metadata.version(name) for name in ("stable-baselines3", "torch", "numpy", "gymnasium", "mujoco")},
+        "python": platform.python_version(), "curve": thin(rows, ("step", "return", "seconds")),
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def summary(files: list[Path]) -> tuple[float, str, str]:
+    """Mean return, that with its interval and the mean of CPU-seconds, of result files; NaN and nothing where there are none."""
     from onetorch.rl.evaluation import interval
 
-    lines = ["| algorithm | environment | steps | return, mean of seeds ± 95 % | seeds | CPU-s a run | target | published |", "|---" * 8 + "|"]
+    found = [json.loads(path.read_text()) for path in files]
+    if not found:
+        return math.nan, "", ""
+    mean, half = interval([row["result"]["return"] for row in found])
+    return mean, f"{mean:,.1f}" + (f" ± {half:,.1f}" if len(found) > 1 else ""), f"{sum(row['cost']['cpu_seconds'] for row in found) / len(found):,.0f}"
+
+
+def table() -> list[str]:
+    names = "algorithm, environment, steps, return (mean of seeds ± 95 %), seeds, CPU-s a run, stable-baselines3 (seeds; CPU-s), target, published"
+    columns = names.split(", ")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for cell in CELLS:
-        found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{cell.name}-s*.json"))]
-        reached, seconds, met = "", "", ""
-        if found:
-            mean, half = interval([row["result"]["return"] for row in found])
-            reached = f"{mean:,.1f}" + (f" ± {half:,.1f}" if len(found) > 1 else "")
-            seconds = f"{sum(row['cost']['cpu_seconds'] for row in found) / len(found):,.0f}"
-            met = "" if cell.target is None else " (met)" if mean >= cell.target else " (not met)"
-        target = "" if cell.target is None else f"{cell.target:,g}{met}"
-        lines.append(f"| {cell.algorithm} | {cell.env} | {cell.steps:,} | {reached or 'not run'} | {len(found)} | {seconds} | {target} | {cell.published} |")
+        ours, theirs = (sorted(FOLDER.glob(f"{prefix}{cell.name}-s*.json")) for prefix in ("", "sb3-"))
+        (mean, reached, seconds), (peer, peer_reached, peer_seconds) = summary(ours), summary(theirs)
+        beside = f"{peer_reached} ({len(theirs)}; {peer_seconds})" if theirs else ""
+        aim, target = (cell.target, f"{cell.target:,g}") if cell.target is not None else (peer, "the peer's") if theirs else (math.nan, "")
+        target += "" if math.isnan(mean) or math.isnan(aim) else " (met)" if mean >= aim else " (not met)"
+        values = (cell.algorithm, cell.env, f"{cell.steps:,}", reached or "not run", str(len(ours)), seconds, beside, target, cell.published)
+        lines.append(f"| {' | '.join(values)} |")
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="cells as ALGORITHM:ENV, or ALGORITHM")
+    parser.add_argument("--only", nargs="*", default=[], help="cells as ALGORITHM, ALGORITHM:ENV or ALGORITHM:ENV:STEPS")
     parser.add_argument("--seeds", type=int, help="so many seeds of each cell (default: 10 where a run is short, 3 where it is long)")
     parser.add_argument("--first", type=int, default=0, help="the first of them (default 0), so that several can share a cell")
-    parser.add_argument("--steps", type=int, help="environment steps in the place of the cells' own")
-    parser.add_argument("--core", type=int, help="core to pin to (default: the first allowed)")
+    parser.add_argument("--core", type=int, nargs="+", help="cores to stay on, one at a time (default: the first allowed)")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--peer", metavar="PYTHON", help="run stable-baselines3 under this interpreter in ours' place")
+    parser.add_argument("--keep", action="store_true", help="leave the runs' folders in runs/returns once they are done")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--as_peer", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chosen = [c._replace(steps=options.steps or c.steps) for c in CELLS if not options.only or {c.algorithm, f"{c.algorithm}:{c.env}"} & set(options.only)]
+    if options.as_peer:
+        algorithm, env, steps, seed, folder = options.as_peer
+        as_peer(algorithm, env, int(steps), int(seed), Path(folder))
+        return 0
+    chosen = [c for c in CELLS if not options.only or {c.algorithm, f"{c.algorithm}:{c.env}", f"{c.algorithm}:{c.env}:{c.steps}"} & set(options.only)]
     if not chosen:
-        parser.error(f"no such cell: {', '.join(options.only)}; cells are {', '.join(f'{c.algorithm}:{c.env}' for c in CELLS)}")
+        parser.error(f"no such cell: {', '.join(options.only)}; cells are {', '.join(f'{c.algorithm}:{c.env}:{c.steps}' for c in CELLS)}")
     if not options.table:
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {options.core if options.core is not None else min(os.sched_getaffinity(0))})
+            os.sched_setaffinity(0, options.core or {min(os.sched_getaffinity(0))})
+        os.environ["OMP_NUM_THREADS"] = "1"
         FOLDER.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 3600 * options.hours
         for cell in chosen:
             for seed in range(options.first, options.first + (options.seeds or cell.seeds)):
-                path = FOLDER / f"{cell.name}-s{seed}.json"
+                name = f"{'sb3-' if options.peer else ''}{cell.name}-s{seed}"
+                path, folder = FOLDER / f"{name}.json", RUNS / name
                 if path.exists() or time.monotonic() > deadline:
                     continue
-                row = train(cell, seed)
+                row = train_peer(cell, seed, folder, options.peer) if options.peer else train(cell, seed, folder)
                 temporary = path.with_suffix(f".{os.getpid()}")
                 temporary.write_text(json.dumps(row) + "\n")
                 temporary.replace(path)
-                sys.stderr.write(f"{cell.name} seed {seed}: {row['result']['return']} ({row['cost']['cpu_seconds']:.0f} CPU-s)\n")
+                if not options.keep:
+                    shutil.rmtree(folder)
+                sys.stderr.write(f"{name}: {row['result']['return']} ({row['cost']['cpu_seconds']:.0f} CPU-s)\n")
     print("\n".join(table()))
     return 0
 

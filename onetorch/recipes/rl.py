@@ -58,6 +58,15 @@ def ppo_acrobot(Config: Any) -> Any:
 
 
 @recipe("ppo", reaches="")
+def ppo_lunarlander(Config: Any) -> Any:
+    """PPO on LunarLander-v3 (Box2D, needs the extra `rl`)."""
+    return Config(
+        env="LunarLander-v3", total_steps=1_000_000, num_envs=16, batch_size=16_384, epochs=4, minibatches=64, lr=1e-3, gamma=0.999, lam=0.98, clip=0.2,
+        entropy_coef=0.01, max_grad_norm=0.5, activation="tanh",
+    )  # fmt: skip
+
+
+@recipe("ppo", reaches="")
 def ppo_spinningup(Config: Any) -> Any:
     """PPO with Spinning Up's own hyper-parameters; the critic too stops where the divergence from the old policy ends the epochs."""
     return Config(**SPINNINGUP, lr=3e-4, epochs=80, minibatches=1, clip=0.2, target_kl=0.015, anneal=False, max_grad_norm=None)
@@ -96,13 +105,13 @@ def dqn(Config: Any) -> Any:
 @recipe("dqn", reaches="mean return -80 after 100,000 steps (-82 to -78 over the 3 seeds its settings were chosen on), 80 CPU-s on one core")
 def dqn_acrobot(Config: Any) -> Any:
     """DQN on Acrobot-v1."""
-    return Config(env="Acrobot-v1", total_steps=100_000, batch_size=128, lr=5e-4, hidden=(256, 256))  # the defaults: -81.5
+    return Config(env="Acrobot-v1", total_steps=100_000, batch_size=128, lr=5e-4, target_every=250, tau=1.0, hidden=(256, 256))  # the defaults: -81.5
 
 
 @recipe("dqn", reaches="mean return 137 after 100,000 steps (103 to 178 over the 3 seeds its settings were chosen on), 65 CPU-s on one core")
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
-    return Config(env="LunarLander-v3", total_steps=100_000, batch_size=128, epsilon=0.05)
+    return Config(env="LunarLander-v3", total_steps=100_000, batch_size=128, target_every=250, tau=1.0, epsilon=0.05)
 
 
 # Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.
@@ -110,6 +119,7 @@ SPINNINGUP_REPLAY: dict[str, Any] = {
     "env": "HalfCheetah-v5", "total_steps": 400_000, "random_steps": 10_000, "update_after": 1000, "update_every": 50, "batch_size": 100, "lr": 1e-3,
     "log_every": 4000,
 }  # fmt: skip
+REPLAY_MUJOCO: dict[str, Any] = {"total_steps": 1_000_000, "random_steps": 10_000, "log_every": 5000}
 
 
 @recipe("sac", reaches="mean return -131 on Pendulum-v1 after 20,000 steps (3 seeds), 110 CPU-s on one core")
@@ -121,7 +131,7 @@ def sac(Config: Any) -> Any:
 @recipe("sac", reaches="")
 def sac_halfcheetah(Config: Any) -> Any:
     """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="HalfCheetah-v5", total_steps=1_000_000, random_steps=10_000, lr=3e-4, log_every=5000)
+    return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO, lr=3e-4, q_lr=1e-3)  # critics faster than the policy, as in CleanRL
 
 
 @recipe("sac", reaches="")
@@ -137,6 +147,12 @@ def td3(Config: Any) -> Any:
 
 
 @recipe("td3", reaches="")
+def td3_halfcheetah(Config: Any) -> Any:
+    """TD3 on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
+
+
+@recipe("td3", reaches="")
 def td3_spinningup(Config: Any) -> Any:
     """TD3 with Spinning Up's own hyper-parameters."""
     return Config(**SPINNINGUP_REPLAY)
@@ -146,6 +162,12 @@ def td3_spinningup(Config: Any) -> Any:
 def ddpg(Config: Any) -> Any:
     """Deep Deterministic Policy Gradient, Lillicrap et al. 2015, arXiv:1509.02971."""
     return Config()
+
+
+@recipe("ddpg", reaches="")
+def ddpg_halfcheetah(Config: Any) -> Any:
+    """DDPG on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
 
 
 @recipe("ddpg", reaches="")

@@ -50,6 +50,11 @@ class Algorithm:
         """The file's name without its ending."""
         return self.path.stem
 
+    @property
+    def in_several_processes(self) -> bool:
+        """Whether its `train` can share out a run among processes: it has to wrap its model for that."""
+        return b"distributed.wrap(" in self.code
+
     def load(self) -> types.ModuleType:
         """Import the file (and so torch). UsageError names the file and line if it does not import."""
         if self.module:
@@ -107,7 +112,7 @@ def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
     Reading a Config executes a part of the file, so `gate` is asked first.
     """
     if (where / "manifest.json").exists():
-        raise UsageError(f"{where} is a model folder, not a run: onetorch verify {where} --results evaluates it, onetorch train RECIPE --from {where} goes on")
+        raise UsageError(f"{where} is a model folder, not a run: onetorch eval {where} evaluates it, onetorch train RECIPE --from {where} goes on")
     if not folder.holds_run(where):
         near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
         raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)
