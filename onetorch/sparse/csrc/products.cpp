@@ -3,9 +3,10 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// A thread packs a panel of tokens into tiles that stay in its second-level cache, and takes all columns past it; the values are packed (transposed, converted,
-// cleared beyond the edge) once for all panels. With few tokens nothing of the values is packed: `few` and `some`. Threads take panels dynamically.
-// Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// Four kernels for dds. `few`, `some` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they
+// stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
+// tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread packs a panel of tokens that stays in its second-level cache, and takes
+// all columns past it. Threads take panels dynamically; every output element is summed in one fixed order by one thread: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
