@@ -146,7 +146,8 @@ bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm,
       return true;
     };
     constexpr int S = full == 16 ? 2 : 1;
-    if (M > (bk % (full * P) ? 2 : 8) && bk % (S * P) == 0) {
+    const int64_t dots = bk % (full * P) ? 2 : bk % (2 * full * P) ? 4 : 8;  // tokens up to which lanes along k are better: the shorter the lines, the fewer
+    if (M > dots && bk % (S * P) == 0) {
       if (M * S <= full && bn % 16 == 0) some<T, full, 1, S, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else if (M <= full && bn % 16 == 0) some<T, full, 1, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else some<T, full, 2, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
