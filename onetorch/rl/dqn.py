@@ -216,7 +216,7 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.huber_loss(q, y, weight=weight)
+        loss = F.huber_loss(q, y, weight=weight)  # type: ignore[call-arg]  # torch's stub does not know it
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
