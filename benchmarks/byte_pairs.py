@@ -1,11 +1,11 @@
 """Bytes or byte pairs: bits per byte of GPT after the same CPU seconds, the learning and writing of the vocabulary included.
 
-    python benchmarks/byte_pairs.py --data tinyshakespeare.txt [--seconds 40] [--seeds 2] [--vocabularies 256 512 1024] [--held_out tuning] [--out FILE]
+    python benchmarks/byte_pairs.py [--data tinyshakespeare.txt] [--seconds 40] [--seeds 2] [--vocabularies 256 512 1024] [--held_out tuning] [--out FILE]
 
-The recipe gpt-shakespeare-256 with another vocabulary: tokens are learnt from what is trained on, and a window holds as many of them as fit into 256 bytes on
-average. One thread; the number of steps is what the seconds allow, found by timing the first ones, because the course of the rates depends on it. Every byte of
-the held-out tenth but the first token's is predicted; a token's spelling counts once, so that the bits of byte pairs are an upper bound (`vocabulary.py`). No
-target: the figures say which to take for a short text.
+The recipe gpt-shakespeare-256 with another vocabulary, on a text or else on the source of Python's standard library: tokens are learnt from what is trained
+on, and a window holds as many of them as fit into 256 bytes on average. One thread; the number of steps is what the seconds allow, found by timing the first
+ones, because the course of the rates depends on it. Every byte of the held-out tenth but the first token's is predicted; a token's spelling counts once, so
+that the bits of byte pairs are an upper bound (`vocabulary.py`). No target: the figures say which to take.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def train(config: gpt.Config, stop: int = 0) -> tuple[gpt.GPT | None, float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[256, 512, 1024])
@@ -66,7 +66,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for size in arguments.vocabularies:
             config = recipes.find("gpt-shakespeare-256")()
-            config = dataclasses.replace(config, data=arguments.data.resolve(), seed=seed, vocabulary=size, held_out=arguments.held_out)
+            config = dataclasses.replace(config, data=arguments.data and arguments.data.resolve(), seed=seed, vocabulary=size, held_out=arguments.held_out)
             found = corpus.read(config)
             if size > vocabulary.BYTES:
                 spelt = vocabulary.Vocabulary(vocabulary.learn(found.train, size)).encode(found.train)
@@ -82,7 +82,8 @@ def main() -> None:
             found_bits = f"{scored.bpb:.4f} ± {scored.bpb_se:.4f} bits per byte"
             print(f"seed {seed}  {size:5} tokens  context {config.context:3}  {steps:4} steps  {seconds:5.1f} CPU-s  {found_bits}", flush=True)
     hardware = {name: value for name, value in provenance.hardware().items() if name != "host"}
-    result = {"held_out": arguments.held_out, "seconds": arguments.seconds, "rows": rows, "hardware": hardware, "versions": provenance.versions()}
+    result = {"data": arguments.data.name if arguments.data else "standard library", "held_out": arguments.held_out, "seconds": arguments.seconds, "rows": rows}
+    result |= {"hardware": hardware, "versions": provenance.versions()}
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n", encoding="utf-8")
 

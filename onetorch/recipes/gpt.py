@@ -34,7 +34,7 @@ def gpt_nanogpt_char(Config: Any) -> Any:
     )  # fmt: skip
 
 
-@recipe("gpt", reaches="")
+@recipe("gpt", reaches="1.79 to 1.81 bits per dimension on the digits, exact (histogram: 2.42, PCA-Gaussian: 2.91; 3 seeds), in 17 CPU-seconds")
 def gpt_digits(Config: Any) -> Any:
     """GPT on scikit-learn's digits, pixel after pixel: exact bits per dimension, to be held beside Glow's and the VAE's."""
     return Config(

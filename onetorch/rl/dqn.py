@@ -66,8 +66,8 @@ class Config:
     lr: float = 1e-3  # Adam's step size
     anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
-    target_every: int = 250  # gradient steps between two updates of the target
-    tau: float = 1.0  # how far such an update moves the target: 1 is a copy (Mnih), 0.005 with target_every 1 is Polyak's average (Lillicrap)
+    target_every: int = 1  # gradient steps between two updates of the target
+    tau: float = 0.01  # how far such an update moves the target: with target_every 1 Polyak's average (Lillicrap); 1 is a copy, for target_every 250 say (Mnih)
     epsilon: float = 0.04  # share of random actions at the end; it begins with 1
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
     double: bool = True  # double Q-learning
@@ -216,7 +216,7 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
+        loss = F.huber_loss(q, y, weight=weight)  # type: ignore[call-arg]  # torch's stub does not know it
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))

@@ -24,7 +24,7 @@ from onetorch.runs.run import Run
 
 SMALL = dqn.Config(
     total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,),
-    lr=1e-2, anneal=False, double=False, n_step=1,
+    tau=1.0, lr=1e-2, anneal=False, double=False, n_step=1,
 )  # fmt: skip
 BACKENDS = {"CartPole-v1": "native"}
 
