@@ -41,7 +41,8 @@ def child(kind: str, context: int, seed: int, arguments: argparse.Namespace) -> 
     steps = arguments.steps if kind == "dense" else round(arguments.steps * arguments.longer)
     config = gpt.Config(
         data=arguments.data, seed=seed, steps=steps, batch=max(TOKENS // context, 1), context=context, layers=2, heads=4, width=128, attention=kind,
-        stride=128, ngram_rows=32_768, rotary_base=float(context), eval_every=max(steps // 20, 1), eval_windows=2**16 // context, eval_samples=0,
+        stride=128, base_batch=None, base_width=None, ngram_rows=32_768, rotary_base=float(context), eval_every=max(steps // 20, 1),
+        eval_windows=2**16 // context, eval_samples=0,
     )  # fmt: skip
     # More patient than the speed plan, whose two seconds are over after a few passes of such windows.
     ways = [{"device": "cpu", "dtype": dtype, "attention": path} for dtype in ("float32", "bfloat16") for path in gpt.paths(config)]

@@ -32,7 +32,7 @@ onetorch: create, run and share optimized PyTorch models
   onetorch sweep RECIPE [--field a b c …]    one run for each combination of the values
   onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
-  onetorch eval RUN [--option value …]       evaluate a run, or a model folder, from its folder alone
+  onetorch eval DIR [--option value …]       evaluate a run or a model from its folder alone
   onetorch plot RUN… [--x seconds] [--y …]   draw curves, mean and interval over seeds, to PNG or SVG
   onetorch report RUN… [--y NAME]            one HTML page: curves, statistics, media, where it came from
   onetorch diff A B                          what differs between two runs: config, metrics, weights
@@ -124,7 +124,8 @@ Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Ex
     "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
     "eval": (
         "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.\n"
-        "Of a model folder the results are printed and nothing is written; `onetorch verify FOLDER --results` compares them with its card."
+        "onetorch eval MODEL [--option value …] [--FIELD PATH] [--trust-code]: a model folder (a path or a URL), which stays as it is; a path of its config,\n"
+        "of its data say, is given anew where it leads elsewhere here. --out says where results go (else RUN, or ./eval-MODEL)."
     ),
     "plot": (
         "onetorch plot RUN… | SWEEP [--x steps|seconds] [--y NAME …] [--out FILE.png|FILE.svg]: draw curves. A SWEEP is a folder with runs in it.\n"
@@ -883,16 +884,40 @@ def _number(value: Any) -> str:
 
 def _eval(positional: list[str], flags: Flags) -> int:
     (trusted,) = _switches(positional, flags, "trust_code")
-    path = Path(_only(positional, "run or model folder", "eval"))
-    shared = (path / "manifest.json").exists()  # a model folder is sealed: nothing is written there, and its code is a stranger's
-    gate = _gate(trusted, False, trust.nobody if shared else trust.own_only)
-    if shared:
-        from onetorch.share import folder as folders
-        from onetorch.share import places
-        from onetorch.share.load import load_model
+    where = _only(positional, "run or model folder", "eval")
+    path, out = Path(where), _one(flags, "out")
+    if "://" in where or ((path / "manifest.json").exists() and not folder.holds_run(path)):
+        return _eval_model(where, flags, trusted, out)
+    gate = _gate(trusted, False, trust.own_only)
+    source = algorithm.of_run(path, gate)
+    options = _options(flags, source)
 
-        loaded = load_model(folders.read(places.place(str(path))), gate)
-    source = loaded.source if shared else algorithm.of_run(path, gate)
+    from onetorch.share.load import load_run
+
+    run = load_run(path, gate)
+    return _evaluated(run, run.config, options, Path(out) if out else path, {"step": run.saved and run.saved.step})
+
+
+def _eval_model(where: str, flags: Flags, trusted: bool, out: str | None) -> int:
+    """Evaluate a model folder, in which nothing is written: its files are those of its manifest."""
+    from onetorch.share import folder as folders
+    from onetorch.share import places
+    from onetorch.share.load import load_model
+
+    loaded = load_model(folders.read(places.place(where)), _gate(trusted, False, trust.nobody))
+    config = _with_paths(loaded.config, flags, where)
+    return _evaluated(loaded, config, _options(flags, loaded.source), Path(out or f"eval-{_last_part(where)}"), {"of": where})
+
+
+def _with_paths(config: Any, flags: Flags, where: str) -> Any:
+    """The config of a model folder with those of its paths that `flags` give anew, which are taken out: the sender's are not ours."""
+    kinds = {name: kind for name, kind in configs.leaves(type(config)) if kind in (Path, Path | None)}
+    given = {name: flags.pop(name) for name in kinds.keys() & flags.keys()}
+    return configs.replace(config, {name: configs.parse(_field(name, texts, kinds, where)[1], kinds[name]) for name, texts in given.items()})
+
+
+def _options(flags: Flags, source: algorithm.Algorithm) -> dict[str, Any]:
+    """The options of an algorithm's evaluation."""
     kinds = {name: kind for name, (kind, _) in source.options.items()}
     options: dict[str, Any] = {}
     for flag, texts in flags.items():
@@ -903,24 +928,21 @@ def _eval(positional: list[str], flags: Flags) -> int:
             options[name] = configs.parse(text, kinds[name])
         except ValueError as error:
             raise UsageError(f"--{name}: {error}") from error
+    return options
 
-    if shared:
-        _table([(name, _number(value)) for name, value in loaded.module.evaluate(loaded.model, loaded.config, media=None, **options).items()])
-        return 0
-    from onetorch.share.load import load_run
 
-    run = load_run(path, gate)
-    media = path / "media"
+def _evaluated(loaded: Any, config: Any, options: dict[str, Any], out: Path, origin: dict[str, Any]) -> int:
+    media = out / "media"
     try:
-        media.mkdir(exist_ok=True)
-        results = run.module.evaluate(run.model, run.config, media=media, **options)
+        media.mkdir(parents=True, exist_ok=True)
+        results = loaded.module.evaluate(loaded.model, config, media=media, **options)
         given = {name: configs.to_json(value) for name, value in options.items()}
-        entry = {"format": folder.FORMAT, "step": run.saved and run.saved.step, "options": given, "results": results}
-        folder.write_json(path / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        entry = {"format": folder.FORMAT, **origin, "options": given, "results": results}
+        folder.write_json(out / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     except OSError as error:
-        raise UsageError(folder.explain(error, path)) from error
+        raise UsageError(folder.explain(error, out)) from error
     _table([(name, _number(value)) for name, value in results.items()])
-    _print(f"written to {path / 'eval.json'} and {media}")
+    _print(f"written to {out / 'eval.json'} and {media}")
     return 0
 
 
@@ -965,13 +987,18 @@ def _of_ours(run: Path) -> bool:
     return folder.read_json(run / "config.json").get("algorithm") != "source.py"
 
 
+def _last_part(where: str) -> str:
+    """The name of a folder or an address."""
+    return (where if "://" in where else str(Path(where).absolute())).rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 def _get(positional: list[str], flags: Flags) -> int:
     trusted, yes = _switches(positional, flags, "trust_code", "yes")
     _nothing_left(flags, GET_FLAGS, "get")
     if len(positional) not in (1, 2):
         raise UsageError(f"get takes a source and a folder, got {' '.join(positional) or 'none'}; `onetorch get --help`")
     where = positional[0]
-    path = Path(positional[1] if len(positional) == 2 else where.rstrip("/").rpartition("/")[2].partition("@")[0])
+    path = Path(positional[1] if len(positional) == 2 else _last_part(where))
     from onetorch.share import folder as folders
     from onetorch.share import places
     from onetorch.share.load import foreign
@@ -1005,10 +1032,8 @@ def _verify(positional: list[str], flags: Flags) -> int:
         _print(line)
     if not again:
         return 0
-    # The sender's paths are not ours: those fields, and no others, may be given anew.
-    kinds = {name: kind for name, kind in configs.leaves(type(loaded.config)) if kind in (Path, Path | None)}
-    _nothing_left({name: texts for name, texts in flags.items() if name not in kinds}, [*VERIFY_FLAGS, *kinds], "verify")
-    config = configs.replace(loaded.config, {name: configs.parse(_field(name, texts, kinds, where)[1], kinds[name]) for name, texts in flags.items()})
+    config = _with_paths(loaded.config, flags, where)
+    _nothing_left(flags, [*VERIFY_FLAGS, *(name for name, kind in configs.leaves(type(config)) if kind in (Path, Path | None))], "verify")
     judgements = list(results(contents, loaded, config))
     verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}
     rows = [(j.name, _number(j.card), _number(j.here), verdict[j.agrees], j.why) for j in judgements]

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from onetorch.generative import data, images, stream
 from onetorch.generative.images import Images
 from onetorch.generative.stream import Stream
 from onetorch.generative.vocabulary import BYTES, Vocabulary, learn
 from onetorch.runs.errors import UsageError
+
+Given = NDArray[np.unsignedinteger] | Images | None
 
 
 @dataclass(frozen=True)
@@ -34,35 +37,48 @@ class Corpus:
         return None if self.images or isinstance(self.train, Stream | data.Shards) else (self.train, self.held_out)
 
 
-def read(config: Any) -> Corpus:
-    """The data that a gpt.Config names. UsageError where they are not there, or its vocabulary or context is not made for them."""
+def read(config: Any, given: Given = None) -> Corpus:
+    """The data that a gpt.Config names, or those `given` in memory instead: bytes as uint8 (N,), tokens as uint16 or uint32 (N,), or images.
+
+    UsageError where they are not there, or the config's vocabulary or context is not made for them; ValueError for an array of another kind.
+    """
+    if isinstance(given, Images):
+        return _images(config, given)
+    if given is not None:
+        if given.ndim != 1 or given.dtype not in (np.uint8, np.uint16, np.uint32):
+            raise ValueError(f"expected bytes as uint8 (N,), tokens as uint16 or uint32 (N,), or Images, got an array of {given.dtype} {given.shape}")
+        return _text(config, given) if given.dtype == np.uint8 else _shards(config, data.Shards([given]))
     if config.images is not None:
-        return _images(config)
+        return _images(config, images.read(config.data) if config.images == "data" else images.read(None, config.images))
     if config.dataset is not None:
         if config.vocabulary < BYTES:
             raise UsageError(f"vocabulary must be at least {BYTES} for a text, got {config.vocabulary}")
         found = Stream(stream.dataset(config.dataset), config.column, config.context, config.held_out, config.dataset)
         return Corpus(found, found.held_out, hashlib.sha256(f"{config.dataset} {data.digest(found.held_out)}".encode()).hexdigest()[:16])
     shards = data.shards(config.data)
-    if shards is None:
-        if config.vocabulary < BYTES:
-            raise UsageError(f"vocabulary must be at least {BYTES} for a text, got {config.vocabulary}")
-        text = data.read(config.data)
-        return Corpus(*data.parts(text, config.context, config.held_out, config.data), data.digest(text))
-    largest = shards.largest()
+    return _text(config, data.read(config.data)) if shards is None else _shards(config, shards)
+
+
+def _text(config: Any, text: data.Text) -> Corpus:
+    if config.vocabulary < BYTES:
+        raise UsageError(f"vocabulary must be at least {BYTES} for a text, got {config.vocabulary}")
+    return Corpus(*data.parts(text, config.context, config.held_out, config.data), data.digest(text))
+
+
+def _shards(config: Any, shards: data.Shards) -> Corpus:
+    name, largest = "data given" if config.data is None else f"data {config.data}", shards.largest()
     if config.vocabulary == BYTES:
-        raise UsageError(f"data {config.data} are token shards, with numbers up to {largest:,}: give their vocabulary with --vocabulary (256 is for bytes)")
+        raise UsageError(f"{name} are token shards, with numbers up to {largest:,}: give their vocabulary with --vocabulary (256 is for bytes)")
     if largest >= config.vocabulary:
-        raise UsageError(f"data {config.data}: the largest token is {largest:,}; --vocabulary must be above it, got {config.vocabulary:,}")
+        raise UsageError(f"{name}: the largest token is {largest:,}; --vocabulary must be above it, got {config.vocabulary:,}")
     return Corpus(*data.parts(shards, config.context, config.held_out, config.data), data.digest(shards))
 
 
-def _images(config: Any) -> Corpus:
-    found = images.read(config.data) if config.images == "data" else images.read(None, config.images)
+def _images(config: Any, found: Images) -> Corpus:
     D = found.pixels[0].size
     if config.context != D or config.vocabulary != found.levels + 1:
         shown = f"{' x '.join(map(str, found.shape))} pixels of {found.levels} levels"
-        raise UsageError(f"images {config.data or config.images}: for images of {shown} give --context {D} --vocabulary {found.levels + 1}")
+        raise UsageError(f"images {config.data or config.images or 'given'}: for images of {shown} give --context {D} --vocabulary {found.levels + 1}")
     parts = images.parts(found, config.held_out, config.data)
     return Corpus(data.pixels(parts[0]), data.pixels(parts[1]), found.digest(), parts)
 

@@ -112,7 +112,7 @@ def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
     Reading a Config executes a part of the file, so `gate` is asked first.
     """
     if (where / "manifest.json").exists():
-        raise UsageError(f"{where} is a model folder, not a run: onetorch verify {where} --results evaluates it, onetorch train RECIPE --from {where} goes on")
+        raise UsageError(f"{where} is a model folder, not a run: onetorch eval {where} evaluates it, onetorch train RECIPE --from {where} goes on")
     if not folder.holds_run(where):
         near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
         raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)

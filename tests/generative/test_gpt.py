@@ -19,7 +19,7 @@ from onetorch.runs.run import Run
 
 TINY = gpt.Config(
     steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_orders=(2, 3), ngram_rows=50, ngram_width=8, lr_matrix=0.03, warmup=2, rotary_base=30.0,
-    eval_every=4, eval_windows=4,
+    base_width=None, base_batch=None, eval_every=4, eval_windows=4,
 )  # fmt: skip
 PLAN = "threads=1,dtype=float32,attention=explicit"
 
@@ -264,7 +264,7 @@ from onetorch.runs.run import Run
 
 where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
 config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4,
-                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270)
+                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270, base_width=None, base_batch=None)
 run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
 save = run.checkpoint
 def checkpoint(state):
@@ -390,6 +390,10 @@ def test_rates_are_carried_over_to_width_and_batch() -> None:
         return [g["rate"] for o in gpt.optimizers(gpt.build(config), config) for g in o.param_groups]
 
     own = rates()
+    # As it is without a word said: four times the default's batch, half its width.
+    assert rates(base_width=gpt.Config.base_width, base_batch=gpt.Config.base_batch, width=96, batch=64) == pytest.approx(
+        [2 * own[0], 2 * own[1], 2 * own[2] * 2, 2 * own[3]]
+    )
     assert rates(base_width=16, base_batch=4) == own
     assert rates(base_width=4) == pytest.approx([own[0], own[1], own[2] / 4, own[3]])
     assert rates(base_batch=1) == pytest.approx([2 * r for r in own])
@@ -553,3 +557,36 @@ def test_digits_are_evaluated_beside_plain_models(tmp_path: Path) -> None:
     assert results["bpd"] == pytest.approx(math.log2(18))  # it knows nothing yet, not even that no image begins in the middle of one
     assert {"bpd_se", "fid", "train_fid", "uniform_bpd", "histogram_bpd", "gaussian_bpd"} <= results.keys()
     assert (tmp_path / "samples.png").exists()
+
+
+def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    content, config = np.fromfile(text, np.uint8), replace(TINY, steps=3, eval_every=3)
+    found = []
+    for name, given, named in (("file", None, text), ("array", content, None)):
+        with start(replace(config, data=named), tmp_path / name) as run:
+            model = gpt.train(run.config, run, given)
+        found.append(gpt.evaluate(model, run.config, given, baselines=False))
+    assert found[0] == found[1]
+    tokens_of = (content.astype(np.uint16) * 3)[:4000]
+    with start(replace(config, vocabulary=768), tmp_path / "tokens") as run:
+        assert "loss" in gpt.evaluate(gpt.train(run.config, run, tokens_of), run.config, tokens_of)
+    with np.load(picture_file(tmp_path)) as file:
+        pictures = gpt.images.Images(file["images"].astype(np.uint8)[:, None].copy(), 2)
+    with start(replace(config, vocabulary=3, context=6), tmp_path / "images") as run:
+        assert {"bpd", "fid"} <= gpt.evaluate(gpt.train(run.config, run, pictures), run.config, pictures, samples=20).keys()
+    assert "val_bpd" in list(folder.rows(tmp_path / "images"))[-1]
+    with pytest.raises(ValueError, match=r"got an array of float64 \(3,\)"):
+        gpt.corpus.read(config, np.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="data given: the largest token is"):
+        gpt.corpus.read(replace(config, vocabulary=257), tokens_of)
+
+
+@pytest.mark.slow
+def test_compiled_the_losses_are_the_same(tmp_path: Path) -> None:
+    text, found = text_file(tmp_path), []
+    for compiled in (False, True):
+        with start(replace(TINY, data=text, compile=compiled), tmp_path / str(compiled)) as run:
+            gpt.train(run.config, run)
+        found.append([row["loss"] for row in folder.rows(tmp_path / str(compiled))])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -27,7 +27,8 @@ place, where, text, stop, how, shard, optimizer = sys.argv[1], Path(sys.argv[2])
 if place != "alone":
     distributed.join(place, shard == "shard")
 config = gpt.Config(data=text, steps=6, batch=4, context=16, layers=1, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=3, eval_windows=4,
-                    eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0, optimizer=optimizer, lr_matrix=0.04 if optimizer == "muon" else 0.003)
+                    base_width=None, base_batch=None, eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0, optimizer=optimizer,
+                    lr_matrix=0.04 if optimizer == "muon" else 0.003)
 kind = follower.Follower if distributed.rank() else run.Run
 own = kind(where, config, resume=how == "resume", fixed=plan.parse("threads=1,dtype=float32,attention=explicit"), checkpoint_seconds=0, quiet=True)
 run.CHECKPOINT_SHARE = 1e9  # every step is saved
@@ -97,6 +98,7 @@ def onetorch(*words: object) -> subprocess.Popen[str]:
 
 
 TINY = ["--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16, "--ngram_rows", 50, "--ngram_width", 8, "--eval_windows", 2]
+TINY += ["--base_width", "none", "--base_batch", "none"]
 TINY += ["--plan", "threads=1,dtype=float32,attention=explicit"]
 
 
