@@ -1,16 +1,17 @@
 """From nanoGPT's CPU recipe to ours, one change at a time: what does each bring?
 
-    python benchmarks/ladder.py --data tinyshakespeare.txt [--seed 0] [--target 1.898] [--out FILE]
+    python benchmarks/ladder.py --data tinyshakespeare.txt [--seeds 3] [--target 1.898] [--out FILE]
 
 Every rung keeps what the rungs above it changed. The first is nanoGPT's set-up (sizes, batches, Adam, a cosine over 2,000 steps) on our block, which has rotary
 positions, normalized queries and keys and squared ReLU where nanoGPT's has learned positions and GELU. A rung's row: its CPU seconds of training on one thread,
 evaluations apart, until its loss on the last tenth of the text (256 windows of 64, nats per byte) first reached the target, which is where nanoGPT's own recipe
-ends, and at its end, with the loss there. Evaluated eight times or more in a run.
+ends, and at its end, with the loss there. Evaluated eight times or more in a run. Result: benchmarks/results/ladder.json, drawn as ladder.svg beside it.
 """
 
 import argparse
 import dataclasses
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -67,28 +68,58 @@ def climb(config: gpt.Config, dtype: str | None, target: float) -> dict[str, Any
     return {"reached": reached, "seconds": curve[-1][0], "loss": curve[-1][1], "parameters": parameters, "plan": plan, "curve": curve}
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The curves of all rungs, loss over CPU seconds, with the target; needs the extra `media`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for i, (name, _) in enumerate(RUNGS):
+        for row in (row for row in result["rows"] if row["rung"] == name):
+            label = f"{name}: {seconds(result, name)}" if row["seed"] == 0 else None
+            axes.plot(*zip(*row["curve"], strict=True), color=pyplot.colormaps["viridis"](i / len(RUNGS)), linewidth=1.2, label=label)
+    axes.axhline(result["target"], color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", ylim=(1.7, 2.8), xlabel="CPU seconds of training, one thread", ylabel="nats per character, held out")
+    title = f"CPU seconds to {result['target']} nats:"
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8, frameon=False, title=title, title_fontsize=8, alignment="left")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def seconds(result: dict[str, Any], rung: str) -> str:
+    """The median over the seeds of the CPU seconds to the target."""
+    reached = [row["reached"] for row in result["rows"] if row["rung"] == rung]
+    return "never" if None in reached else f"{statistics.median(reached):.3g}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--target", type=float, default=1.898)
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "ladder.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = recipes.find("gpt-nanogpt-char")()
-    rows = []
-    for i, (name, change) in enumerate(RUNGS):
-        config = dataclasses.replace(config, **change)
-        timed = dataclasses.replace(config, data=arguments.data, seed=arguments.seed, eval_every=max(config.steps // 16, 5), eval_windows=256, eval_samples=0)
-        rows.append({"rung": name, **climb(timed, "float32" if i == 0 else None, arguments.target)})
-        r = rows[-1]
-        reached = "never" if r["reached"] is None else f"{r['reached']:.1f} CPU-s"
-        end = f"end: {r['loss']:.4f} after {r['seconds']:.1f} CPU-s, {r['parameters']:,} parameters"
-        print(f"{name:60}  to {arguments.target}: {reached:>11}  {end}", flush=True)
-        hardware = {name: value for name, value in provenance.hardware().items() if name != "host"}
-        result = {"target": arguments.target, "seed": arguments.seed, "rows": rows, "hardware": hardware, "versions": provenance.versions()}
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        config = recipes.find("gpt-nanogpt-char")()
+        for i, (name, change) in enumerate(RUNGS):
+            config = dataclasses.replace(config, **change)
+            timed = dataclasses.replace(config, data=arguments.data, seed=seed, eval_every=max(config.steps // 16, 5), eval_windows=256, eval_samples=0)
+            rows.append({"rung": name, "seed": seed, **climb(timed, "float32" if i == 0 else None, arguments.target)})
+            r = rows[-1]
+            reached = "never" if r["reached"] is None else f"{r['reached']:.1f} CPU-s"
+            end = f"end: {r['loss']:.4f} after {r['seconds']:.1f} CPU-s, {r['parameters']:,} parameters"
+            print(f"seed {seed}  {name:60}  to {arguments.target}: {reached:>11}  {end}", flush=True)
+    hardware = {name: value for name, value in provenance.hardware().items() if name != "host"}
+    result = {"target": arguments.target, "rows": rows, "hardware": hardware, "versions": provenance.versions(), "date": time.strftime("%Y-%m-%d")}
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(result, arguments.out.with_suffix(".svg"))
+    for name, _ in RUNGS:
+        print(f"{name:60}  {seconds(result, name)} CPU-s")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ onetorch: create, run and share optimized PyTorch models
   onetorch sweep RECIPE [--field a b c …]    one run for each combination of the values
   onetorch resume DIR                        go on with a run, bit for bit, or with a sweep
   onetorch runs [DIR …]                      the runs that are there: state, progress, result, cost
-  onetorch eval RUN [--option value …]       evaluate a run from its folder alone
+  onetorch eval DIR [--option value …]       evaluate a run or a model from its folder alone
   onetorch plot RUN… [--x seconds] [--y …]   draw curves, mean and interval over seeds, to PNG or SVG
   onetorch report RUN… [--y NAME]            one HTML page: curves, statistics, media, where it came from
   onetorch diff A B                          what differs between two runs: config, metrics, weights
@@ -85,6 +86,7 @@ RUN_FLAGS = {
     "time_limit": "stop after so long and save: 90, 90s, 10m, 2h",
     "checkpoint_seconds": "least time between two checkpoints (else 10)",
     "nproc": "train in so many processes on this machine, each with a part of every batch (algorithms that can: gpt)",
+    "shard": "with --nproc: each process keeps its share of every weight, gradient and average (FSDP2), not all of them",
     "explain": "at the end, where the time went, phase by phase, beside what this machine does at most",
     "from": "begin with the weights of a run, a model folder (path or URL), a .safetensors or a .pt file",
     "trust_code": TRUST_HELP,
@@ -98,7 +100,7 @@ SWEEP_FLAGS = {
     "time_limit": RUN_FLAGS["time_limit"],
     "checkpoint_seconds": RUN_FLAGS["checkpoint_seconds"],
 }
-RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "nproc", "explain", "trust_code")}
+RESUME_FLAGS = {name: RUN_FLAGS[name] for name in ("time_limit", "checkpoint_seconds", "nproc", "shard", "explain", "trust_code")}
 SHARE_FLAGS = {
     "license": "the licence others get, as an SPDX identifier: MIT, Apache-2.0, CC-BY-4.0; without one nobody may use it unasked",
     "allow": "share these findings all the same: FILE or FILE:LINE, several",
@@ -120,7 +122,11 @@ The same command once more skips what is done, goes on with what was stopped or 
 Each trial is a run in a folder of its own: `onetorch runs SWEEP` lists them. Exit code 3 when a trial is not done.""",
     "resume": "onetorch resume DIR [run options]: go on with the run in DIR from its newest valid checkpoint, bit for bit; or with the sweep in DIR.",
     "runs": "onetorch runs [DIR …]: the runs and sweeps in DIR (else ./runs), newest first: state, progress, result, cost. Of a sweep, its trials.",
-    "eval": "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.",
+    "eval": (
+        "onetorch eval RUN [--option value …]: evaluate the newest checkpoint; results to RUN/eval.json, video or samples to RUN/media.\n"
+        "onetorch eval MODEL [--option value …] [--FIELD PATH] [--trust-code]: a model folder (a path or a URL), which stays as it is; a path of its config,\n"
+        "of its data say, is given anew where it leads elsewhere here. --out says where results go (else RUN, or ./eval-MODEL)."
+    ),
     "plot": (
         "onetorch plot RUN… | SWEEP [--x steps|seconds] [--y NAME …] [--out FILE.png|FILE.svg]: draw curves. A SWEEP is a folder with runs in it.\n"
         "Runs that differ only in seed are one group: its mean, with a 95 % bootstrap interval. Without --x over both, without --y the first six quantities,\n"
@@ -395,9 +401,10 @@ def _command_help(command: str, rest: list[str]) -> None:
     elif command in ("train", "sweep", "show"):
         _print(f"\n`onetorch {command} RECIPE --help` lists the recipe's fields.")
     if command == "eval" and targets and folder.holds_run(Path(targets[0])):
+        source = algorithm.of_run(Path(targets[0]))
         _print("\noptions:")
-        options = algorithm.of_run(Path(targets[0])).options
-        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in options.items()])
+        _table([(f"  --{name}", configs.type_name(kind), configs.text(default)) for name, (kind, default) in source.options.items()])
+        _print(f"\n{source.evaluates}")
 
 
 # -- commands that need no torch -----------------------------------------------------------------------------------------------------------------
@@ -406,9 +413,13 @@ def _command_help(command: str, rest: list[str]) -> None:
 def _list(positional: list[str], flags: Flags) -> int:
     _none(positional, "list")
     _nothing_left(flags, (), "list")
-    rows = [("RECIPE", "ALGORITHM", "REACHES", "WHAT IT IS")]
-    rows += [(r.name, r.algorithm, r.reaches or "-", r.doc) for r in recipes.known().values()]
-    _table(rows, widest=80)
+    listed = recipes.known().values()
+    indent = max(len(recipe.name) for recipe in listed) + 2
+    columns = max(shutil.get_terminal_size((120, 0)).columns, indent + 40)
+    for recipe in listed:
+        for start, text in ((recipe.name, recipe.doc), ("", f"reaches: {recipe.reaches}" if recipe.reaches else "")):
+            if text:
+                _print(textwrap.fill(text, columns, initial_indent=start.ljust(indent), subsequent_indent=" " * indent))
     return 0
 
 
@@ -585,39 +596,59 @@ def _pace(flags: Flags) -> dict[str, Any]:
     return {name: value for name, value in times.items() if value is not None}
 
 
-def _several_processes(flags: Flags) -> tuple[int, str | None, list[str]]:
-    """--nproc; what a process that we started was told (`launch`); and the flags for such a process, but for --dir, as words."""
-    words = [word for name, texts in flags.items() if name not in ("nproc", "dir") for word in (f"--{name}", *texts)]
-    count, worker = _one(flags, "nproc"), _one(flags, "worker")
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How many processes work on a run, as the command line has it."""
+
+    count: int  # to be started here
+    place: str | None  # of this one among others, for `distributed.join`
+    shard: bool
+    words: list[str]  # the flags for a process started here, but for --dir
+
+    def check(self, source: algorithm.Algorithm, where: str | None) -> None:
+        """UsageError where the algorithm works in one process only, or these processes cannot work together."""
+        if self.count > 1 or self.place is not None:
+            if not source.in_several_processes:
+                raise UsageError(f"--nproc: {source.name} trains in one process; it does not share out its batches")
+            if where is None:
+                raise UsageError("under torchrun every process must be told the same folder: give --dir")
+        elif self.shard:
+            raise UsageError("--shard is for several processes: give --nproc too")
+
+    def join(self) -> tuple[type, int]:
+        """The class of this process's run, and how many processes work on it, once it has met the others."""
+        from onetorch.runs import distributed
+        from onetorch.runs.follower import Follower
+        from onetorch.runs.run import Run
+
+        if self.place is not None:
+            distributed.join(self.place, self.shard)
+        return Follower if distributed.rank() else Run, distributed.world()
+
+
+def _processes(positional: list[str], flags: Flags) -> Processes:
+    """What --nproc and --shard say, taken out of `flags`; torchrun tells its processes through the environment."""
+    (shard,) = _switches(positional, flags, "shard")
+    words = [word for name, texts in flags.items() if name not in ("nproc", "dir") for word in (f"--{name}", *texts)] + ["--shard"] * shard
+    count, place = _one(flags, "nproc"), _one(flags, "worker")
     if count is not None and not (count.isdigit() and int(count) > 0):
         raise UsageError(f"--nproc: expected a number of processes, got {count!r}")
-    return int(count or 1), worker, words
-
-
-def _run_class(worker: str | None, where: str | None) -> tuple[type, int]:
-    """The class of this process's run, and how many processes work on it: as one of them it joins the others first."""
-    from onetorch.runs import distributed
-    from onetorch.runs.follower import Follower
-    from onetorch.runs.run import Run
-
-    if worker is None and distributed.dist.is_available() and distributed.dist.is_torchelastic_launched():
-        if not where:
-            raise UsageError("under torchrun every process must be told the same folder: give --dir")
-        worker = "torchrun"
-    if worker is not None:
-        distributed.join(worker)
-    return Follower if distributed.rank() else Run, distributed.world()
+    if place is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        place = "torchrun"
+        if count is not None:
+            raise UsageError("--nproc: torchrun has started the processes already; its --nproc-per-node says how many")
+    return Processes(int(count or 1), place, shard, words)
 
 
 def _train(positional: list[str], flags: Flags) -> int:
-    count, worker, again = _several_processes(flags)
+    processes = _processes(positional, flags)
     trusted, explain = _switches(positional, flags, "trust_code", "explain")
     target, begin = _only(positional, "recipe", "train"), _one(flags, "from")
     where, fixed, pace = _where(flags), _one(flags, "plan"), _pace(flags)
     if _several(flags):
         made = _design(target, flags, fixed, where)
         if len(made.trials) > 1:
-            if count > 1:
+            if processes.count > 1 or processes.shard:
                 raise UsageError("--nproc is for one run; the trials of a sweep have a process each (--slots says how many at a time)")
             if begin is not None:
                 raise UsageError("--from begins one run; a sweep's trials begin with the algorithm's own weights")
@@ -626,17 +657,18 @@ def _train(positional: list[str], flags: Flags) -> int:
             return _run_sweep(made, **pace)
     resolved = _resolve(target, flags, _gate(trusted, False, trust.own_only))
     path = Path(where) if where else _free_folder(resolved.name)
-    if folder.holds_run(path) and worker is None:
+    processes.check(resolved.source, str(path) if processes.place is None else where)
+    if folder.holds_run(path) and processes.place in (None, "torchrun"):
         raise folder.refuse(path)
-    if count > 1:
+    if processes.count > 1:
         from onetorch.runs import launch
 
-        return launch.launch(["train", target, *again, "--dir", str(path)], count)
+        return launch.launch(["train", target, *processes.words, "--dir", str(path)], processes.count)
 
     module = resolved.source.load()
     from onetorch.runs import plan, provenance
 
-    Run, processes = _run_class(worker, where)
+    Run, count = processes.join()
 
     weights, origin = None, None
     if begin is not None:
@@ -644,7 +676,7 @@ def _train(positional: list[str], flags: Flags) -> int:
 
         weights, origin = weights_of(begin)
     words = ["onetorch", "train", target, *resolved.given, *(["--from", begin] if begin is not None else [])]
-    words += ["--nproc", str(processes)] if processes > 1 else []
+    words += ["--nproc", str(count), *["--shard"] * processes.shard] if count > 1 else []
     run = Run(
         path,
         configs.from_json(configs.to_json(resolved.config), module.Config),
@@ -655,7 +687,7 @@ def _train(positional: list[str], flags: Flags) -> int:
         weights=weights,
         origin=origin,
         fixed=plan.parse(fixed or ""),
-        threads=max(provenance.cores() // processes, 1) if processes > 1 else None,
+        threads=max(provenance.cores() // count, 1) if count > 1 else None,
         explain=explain,
         **pace,
     )
@@ -752,7 +784,7 @@ def _free_folder(name: str) -> Path:
 def _resume(positional: list[str], flags: Flags) -> int:
     from onetorch.runs import sweep
 
-    count, worker, again = _several_processes(flags)
+    processes = _processes(positional, flags)
     trusted, explain = _switches(positional, flags, "trust_code", "explain")
     path = Path(_only(positional, "folder", "resume"))
     pace = _pace(flags)
@@ -764,20 +796,21 @@ def _resume(positional: list[str], flags: Flags) -> int:
         return _run_sweep(sweep.load(path), **how, **pace)
     _nothing_left(flags, RESUME_FLAGS, "resume")
     source = algorithm.of_run(path, _gate(trusted, False, trust.own_only))
+    processes.check(source, str(path))
     folder.config(path, source.Config)
     record = folder.read_json(path / "run.json")
     if folder.status(path, record) == "done":
         _print(f"{path} is done: {_progress(record)}, {_result(record)}")
         return 0
-    if count > 1:
+    if processes.count > 1:
         from onetorch.runs import launch
 
-        return launch.launch(["resume", str(path), *again], count)
+        return launch.launch(["resume", str(path), *processes.words], processes.count)
     module = source.load()
     from onetorch.runs import provenance
 
-    Run, processes = _run_class(worker, str(path))
-    threads = max(provenance.cores() // processes, 1) if processes > 1 else None
+    Run, count = processes.join()
+    threads = max(provenance.cores() // count, 1) if count > 1 else None
     return _work(module, Run(path, folder.config(path, module.Config), resume=True, threads=threads, explain=explain, **pace), explain)
 
 
@@ -851,9 +884,40 @@ def _number(value: Any) -> str:
 
 def _eval(positional: list[str], flags: Flags) -> int:
     (trusted,) = _switches(positional, flags, "trust_code")
-    path = Path(_only(positional, "run", "eval"))
+    where = _only(positional, "run or model folder", "eval")
+    path, out = Path(where), _one(flags, "out")
+    if "://" in where or ((path / "manifest.json").exists() and not folder.holds_run(path)):
+        return _eval_model(where, flags, trusted, out)
     gate = _gate(trusted, False, trust.own_only)
     source = algorithm.of_run(path, gate)
+    options = _options(flags, source)
+
+    from onetorch.share.load import load_run
+
+    run = load_run(path, gate)
+    return _evaluated(run, run.config, options, Path(out) if out else path, {"step": run.saved and run.saved.step})
+
+
+def _eval_model(where: str, flags: Flags, trusted: bool, out: str | None) -> int:
+    """Evaluate a model folder, in which nothing is written: its files are those of its manifest."""
+    from onetorch.share import folder as folders
+    from onetorch.share import places
+    from onetorch.share.load import load_model
+
+    loaded = load_model(folders.read(places.place(where)), _gate(trusted, False, trust.nobody))
+    config = _with_paths(loaded.config, flags, where)
+    return _evaluated(loaded, config, _options(flags, loaded.source), Path(out or f"eval-{_last_part(where)}"), {"of": where})
+
+
+def _with_paths(config: Any, flags: Flags, where: str) -> Any:
+    """The config of a model folder with those of its paths that `flags` give anew, which are taken out: the sender's are not ours."""
+    kinds = {name: kind for name, kind in configs.leaves(type(config)) if kind in (Path, Path | None)}
+    given = {name: flags.pop(name) for name in kinds.keys() & flags.keys()}
+    return configs.replace(config, {name: configs.parse(_field(name, texts, kinds, where)[1], kinds[name]) for name, texts in given.items()})
+
+
+def _options(flags: Flags, source: algorithm.Algorithm) -> dict[str, Any]:
+    """The options of an algorithm's evaluation."""
     kinds = {name: kind for name, (kind, _) in source.options.items()}
     options: dict[str, Any] = {}
     for flag, texts in flags.items():
@@ -864,21 +928,21 @@ def _eval(positional: list[str], flags: Flags) -> int:
             options[name] = configs.parse(text, kinds[name])
         except ValueError as error:
             raise UsageError(f"--{name}: {error}") from error
+    return options
 
-    from onetorch.share.load import load_run
 
-    run = load_run(path, gate)
-    media = path / "media"
+def _evaluated(loaded: Any, config: Any, options: dict[str, Any], out: Path, origin: dict[str, Any]) -> int:
+    media = out / "media"
     try:
-        media.mkdir(exist_ok=True)
-        results = run.module.evaluate(run.model, run.config, media=media, **options)
+        media.mkdir(parents=True, exist_ok=True)
+        results = loaded.module.evaluate(loaded.model, config, media=media, **options)
         given = {name: configs.to_json(value) for name, value in options.items()}
-        entry = {"format": folder.FORMAT, "step": run.saved and run.saved.step, "options": given, "results": results}
-        folder.write_json(path / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        entry = {"format": folder.FORMAT, **origin, "options": given, "results": results}
+        folder.write_json(out / "eval.json", entry | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     except OSError as error:
-        raise UsageError(folder.explain(error, path)) from error
+        raise UsageError(folder.explain(error, out)) from error
     _table([(name, _number(value)) for name, value in results.items()])
-    _print(f"written to {path / 'eval.json'} and {media}")
+    _print(f"written to {out / 'eval.json'} and {media}")
     return 0
 
 
@@ -923,13 +987,18 @@ def _of_ours(run: Path) -> bool:
     return folder.read_json(run / "config.json").get("algorithm") != "source.py"
 
 
+def _last_part(where: str) -> str:
+    """The name of a folder or an address."""
+    return (where if "://" in where else str(Path(where).absolute())).rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 def _get(positional: list[str], flags: Flags) -> int:
     trusted, yes = _switches(positional, flags, "trust_code", "yes")
     _nothing_left(flags, GET_FLAGS, "get")
     if len(positional) not in (1, 2):
         raise UsageError(f"get takes a source and a folder, got {' '.join(positional) or 'none'}; `onetorch get --help`")
     where = positional[0]
-    path = Path(positional[1] if len(positional) == 2 else where.rstrip("/").rpartition("/")[2].partition("@")[0])
+    path = Path(positional[1] if len(positional) == 2 else _last_part(where))
     from onetorch.share import folder as folders
     from onetorch.share import places
     from onetorch.share.load import foreign
@@ -963,10 +1032,8 @@ def _verify(positional: list[str], flags: Flags) -> int:
         _print(line)
     if not again:
         return 0
-    # The sender's paths are not ours: those fields, and no others, may be given anew.
-    kinds = {name: kind for name, kind in configs.leaves(type(loaded.config)) if kind in (Path, Path | None)}
-    _nothing_left({name: texts for name, texts in flags.items() if name not in kinds}, [*VERIFY_FLAGS, *kinds], "verify")
-    config = configs.replace(loaded.config, {name: configs.parse(_field(name, texts, kinds, where)[1], kinds[name]) for name, texts in flags.items()})
+    config = _with_paths(loaded.config, flags, where)
+    _nothing_left(flags, [*VERIFY_FLAGS, *(name for name, kind in configs.leaves(type(config)) if kind in (Path, Path | None))], "verify")
     judgements = list(results(contents, loaded, config))
     verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}
     rows = [(j.name, _number(j.card), _number(j.here), verdict[j.agrees], j.why) for j in judgements]

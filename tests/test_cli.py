@@ -291,7 +291,7 @@ def test_explain_says_where_the_time_went(say: Any) -> None:
 
 
 ON_POLICY = "--env CartPole-v1 --total_steps 256 --batch_size 128 --plan threads=1,backend=native,num_envs=8"
-OFF_POLICY = "--total_steps 60 --random_steps 20 --update_after 20 --batch_size 8 --hidden 16 --plan threads=1,dtype=float32"
+OFF_POLICY = "--total_steps 400 --random_steps 20 --update_after 20 --batch_size 8 --hidden 16 --plan threads=1,dtype=float32"
 ONE_WAY = "threads=1,dtype=float32,attention=explicit"
 ACTING = {"environment", "action", "update", "logging"}
 LEARNING = {"batch", "gradient", "update", "evaluation", "logging"}

@@ -18,7 +18,7 @@ ALLOWED = {  # a part may import itself and these
 }  # cli.py and __init__.py stand above all parts
 KERNELS = {"torch", "triton"}  # all that sparse takes from outside
 # of the extras: only inside a function
-OPTIONAL = {"mujoco", "matplotlib", "pygame", "av", "pytest", "stable_baselines3", "ray", "huggingface_hub", "sklearn", "PIL"}
+OPTIONAL = {"mujoco", "matplotlib", "pygame", "av", "pytest", "stable_baselines3", "ray", "huggingface_hub", "sklearn", "PIL", "datasets"}
 
 
 def imported(tree: ast.AST, package: str) -> list[tuple[str, str, int, bool]]:

@@ -3,6 +3,9 @@
 A text is a read-only uint8 array. Its last tenth is the validation split, the tenth before it the tuning split, the rest is for training; a run that is to be
 reported trains on all but the validation split. Choose hyperparameters on the tuning split and look at the validation split once, at the end.
 
+Images are rows of tokens, (N, D + 1): a token that begins each, one above the levels of a pixel, and the D pixels, row by row, channel by channel. A window is
+an image.
+
 Shards are files of token numbers, mapped and not read into memory: `.bin` as nanoGPT's preparations write it (uint16, nothing else; or after the header of
 1,024 bytes that llm.c puts before it) and `.npy` of uint16 or uint32. Files whose name holds "val" are the validation split, where there are any.
 """
@@ -19,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onetorch.generative.images import Images
+from onetorch.generative.stream import Stream
 from onetorch.runs.errors import UsageError
 
 Text = NDArray[np.uint8]
@@ -182,6 +187,12 @@ def _join(files: list[Path], folder: Path, otherwise: str) -> Text:
     return np.frombuffer(joined, dtype=np.uint8)
 
 
+def pixels(images: Images) -> NDArray[np.uint16]:
+    """Images as rows of tokens (N, D + 1)."""
+    flat = images.pixels.reshape(len(images), -1)
+    return np.concatenate([np.full((len(flat), 1), images.levels, np.uint16), flat], 1, dtype=np.uint16)
+
+
 def digest(text: Tokens) -> str:
     """The first 16 hexadecimal digits of the text's sha-256, by which a resumed run knows its data."""
     whole = hashlib.sha256()
@@ -221,8 +232,13 @@ def parts(text: Any, context: int, held_out: Literal["validation", "tuning"], na
     return text[: cut.train.size + cut.tuning.size], cut.validation
 
 
-def batch(text: Tokens, size: int, context: int, generator: torch.Generator) -> Tensor:
+def batch(text: Tokens | Stream, size: int, context: int, generator: torch.Generator) -> Tensor:
     """`size` windows of `context` + 1 tokens at random places, as an int64 tensor (size, context + 1); draws from `generator` alone."""
+    if isinstance(text, Stream):
+        return text.batch(size, context, generator)
+    if isinstance(text, np.ndarray) and text.ndim == 2:
+        chosen = torch.randint(len(text), (size,), generator=generator).numpy()
+        return torch.from_numpy(text[chosen, : context + 1].astype(np.int64))
     starts = torch.randint(text.size - context, (size, 1), generator=generator).numpy()  # (B, 1)
     return torch.from_numpy(text[starts + np.arange(context + 1)].astype(np.int64))  # (B, T + 1)
 
@@ -231,8 +247,12 @@ def windows(text: Tokens, context: int, rows: int = 64, count: int | None = None
     """The text in windows that do not overlap, in batches of at most `rows`, as int64 tensors (rows, T + 1).
 
     Window w holds tokens wT to wT + T, both ends included, so that every token but the text's first is the target of one prediction, once. The last window
-    is shorter where the length asks for it. With `count`, only so many whole windows are taken, evenly spread over the text.
+    is shorter where the length asks for it. With `count`, only so many whole windows are taken, evenly spread over the text. Of images each is a window.
     """
+    if isinstance(text, np.ndarray) and text.ndim == 2:
+        index = np.arange(len(text)) if count is None or count >= len(text) else np.linspace(0, len(text) - 1, count).round().astype(np.int64)
+        yield from (torch.from_numpy(text[index[i : i + rows]].astype(np.int64)) for i in range(0, len(index), rows))
+        return
     whole, rest = divmod(text.size - 1, context)
     chosen = np.arange(whole) if count is None or count >= whole else np.linspace(0, whole - 1, count).round().astype(np.int64)
     for i in range(0, len(chosen), rows):

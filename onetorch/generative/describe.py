@@ -82,6 +82,7 @@ def _images(path: Path) -> list[tuple[str, str]]:
     C, H, W = found.shape
     rows = [("kind", "images, for diffusion and the other families of images"), ("images", f"{len(found):,} of {W} x {H} pixels, {C} channel{'s' * (C > 1)}")]
     rows.append(("levels", f"{found.levels}; bits per dimension of a model that knows nothing: {np.log2(found.levels):.2f}"))
+    rows.append(("for gpt", f"--images data --context {C * H * W} --vocabulary {found.levels + 1}, pixel after pixel"))
     if found.labels is not None:
         count = np.bincount(found.labels, minlength=len(found.names))
         named = ", ".join(f"{name} {n:,}" for name, n in list(zip(found.names, count, strict=True))[:10])

@@ -172,6 +172,22 @@ def distance(a: Floats, b: Floats) -> Distance:
     return Distance(whole, math.sqrt(variance), whole - bias)
 
 
+def columns(pixels: NDArray[np.uint8], train: Images, held_out: Images, generator: torch.Generator | None = None) -> dict[str, float]:
+    """fid, fid_se and fid_infinity of samples (N, C, H, W) against the held-out images, in the features of `train`.
+
+    With a generator also train_fid and train_fid_se, of as many training images that it draws: what a perfect model would have.
+    """
+    network = features(train)
+    reference = network.embed(held_out.pixels)
+    found = distance(network.embed(pixels), reference)
+    row = {"fid": found.fid, "fid_se": found.error, "fid_infinity": found.infinity}
+    if generator is not None:
+        some = torch.randperm(len(train), generator=generator)[: len(pixels)].numpy()
+        apart = distance(network.embed(train.pixels[some]), reference)
+        row |= {"train_fid": apart.fid, "train_fid_se": apart.error}
+    return row
+
+
 def _moments(x: Floats) -> tuple[Floats, Floats]:
     return x.mean(0), np.atleast_2d(np.cov(x.T))
 

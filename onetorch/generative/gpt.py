@@ -1,4 +1,4 @@
-"""GPT: a decoder-only transformer that predicts the next token of any text: its bytes, or those of a byte-pair vocabulary learnt from it (`vocabulary.py`).
+"""GPT: a decoder-only transformer that predicts the next token of any text, byte or byte pair (`vocabulary.py`), or the next pixel of an image.
 
 The model is that of Radford et al. (2019) with what has proved quick to train since: rotary positions (Su et al. 2021), normalized queries and keys (Henry
 et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed n-grams beside
@@ -7,7 +7,8 @@ those of single tokens (as in Clark et al. 2022). Attention is dense or one of t
 Weights are float32; the arithmetic may be bfloat16.
 
 The learnt vocabulary is a buffer of the model, so that it is in every checkpoint and model folder, under their hashes. Whatever the tokens are, a text is
-judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is.
+judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is. An image
+is a sequence of D = C H W pixels after a token that begins it; the bits per dimension are exact, each image is seen whole and by itself.
 
 | symbol | shape     | meaning                                                    |
 |--------|-----------|------------------------------------------------------------|
@@ -31,12 +32,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onetorch.generative import attention, data, ngram, sampling, schedules
+from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
-from onetorch.generative.vocabulary import BYTES, Vocabulary, learn
+from onetorch.generative.stream import Stream
+from onetorch.generative.vocabulary import BYTES, Vocabulary
 from onetorch.runs import distributed
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
@@ -48,6 +51,9 @@ UNKNOWN = "nats per token only: the bytes of token shards are not known, and so 
 @dataclass(frozen=True)
 class Config:
     data: Path | None = None  # a text file or a folder of text files, or token shards; none: the source of Python's standard library
+    images: Literal["digits", "glyphs", "data"] | None = None  # train on images, pixel after pixel: embedded ones, or those that data names
+    dataset: str | None = None  # train on a dataset of Hugging Face's, read as a stream: NAME, NAME:CONFIG or a folder of its files
+    column: str = "text"  # the text of a document in it
     vocabulary: int = 256  # tokens: 256 are the bytes, more are byte pairs learnt from the text trained on; of shards, above their largest number
     held_out: Literal["validation", "tuning"] = "validation"  # evaluate on the last tenth; or, to choose settings, on the tenth before it, untrained too
     seed: int = 0  # of weights and batches
@@ -68,13 +74,14 @@ class Config:
     lr_embedding: float = 0.1  # Adam's step size: embeddings
     lr_head: float = 0.01  # Adam's step size: output layer
     momentum: float = 0.9  # Muon's, or the first beta of Adam for the matrices
-    base_width: int | None = None  # the rates were chosen at this width and are carried over to `width` (mu-P); none: they are this width's
-    base_batch: int | None = None  # the rates were chosen with this batch: they grow with the root of the batch; none: they are this batch's
+    base_width: int | None = 192  # the rates are those of this width, and are carried over to `width` (mu-P); none: of whatever the width is
+    base_batch: int | None = 16  # the rates are those of this batch, and grow with the root of the batch; none: of whatever the batch is
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
     warmup: int = 5  # steps in which the rates rise from zero
     decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall
     lr_floor: float = 0.0  # what they fall to, as a fraction of themselves
     clip: float | None = None  # greatest norm of the gradient
+    compile: bool = False  # compile the model: with bfloat16 on a processor a third less time for a step, after a minute or two of compiling
     accumulate: int = 1  # parts that a batch is computed in, one after the other: the same gradient with less memory
     batch_stages: tuple[float, ...] = (1.0,)  # fractions of the batch, each for an equal part of the steps
     context_stages: tuple[float, ...] = (1.0,)  # fractions of the context, likewise
@@ -95,6 +102,10 @@ class Config:
         for name in ("batch_stages", "context_stages"):
             if not getattr(self, name) or not all(0 < fraction <= 1 for fraction in getattr(self, name)):
                 raise ValueError(f"{name} must be fractions above 0 and at most 1, got {getattr(self, name)}")
+        if self.dataset is not None and (self.data is not None or self.images is not None):
+            raise ValueError("dataset, data and images name different data; give one of them")
+        if (self.images == "data") > (self.data is not None) or (self.images in ("digits", "glyphs") and self.data is not None):
+            raise ValueError(f"images must be data where data names images, and only there; got {self.images} with data {self.data}")
         if not 2 <= self.vocabulary <= 1 << 20:
             raise ValueError(f"vocabulary must lie in 2 to {1 << 20}, got {self.vocabulary}")
         if self.width % (2 * self.heads):
@@ -299,14 +310,17 @@ class State:
     ema: EMA
     divergence: Divergence
     generator: torch.Generator  # draws the batches: the position in the data
+    stream: Stream | None  # its position, where the data are one
     text: str  # digest of the data
     tokens: int = 0  # seen so far
     iteration: int = 0
 
 
-def train(config: Config, run: Run) -> GPT:
-    text = read(config)
-    parts = data.parts(text, config.context, config.held_out, config.data)
+def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
+    """Train on the data that the config names, or on those `given` in memory (see `corpus.read`)."""
+    found = corpus.read(config, given)
+    if config.compile and distributed.world() > 1:
+        raise UsageError("compile is for one process")
     torch.manual_seed(config.seed)
     plan = run.plan(
         lambda choice: trial(config, choice),
@@ -318,16 +332,17 @@ def train(config: Config, run: Run) -> GPT:
     )
     model = prepare(build(config), plan)
     run.initialize(model)
+    network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
-    digest = data.digest(text)
     generator = torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, digest))
-    if state.text != digest:
-        raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {digest}…); put it back")
-    train_tokens, held_out = spell(model, parts, config)
-    if model.vocabulary() is None:
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, found.stream, found.digest))
+    if state.text != found.digest:
+        raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
+    train_tokens, held_out = corpus.spell(model, found, config)
+    if model.vocabulary() is None and not found.images:
         run.say(UNKNOWN)
-    network = distributed.wrap(model)
+    if config.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
     cost = functools.cache(functools.partial(flops, config))  # of a window, by its length
 
     for state.iteration in run.steps(state.iteration, config.steps):
@@ -339,7 +354,7 @@ def train(config: Config, run: Run) -> GPT:
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
         loss = distributed.mean(gradient(network, window, config.accumulate))
-        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
         run.finite(loss=loss, grad_norm=grad_norm)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
@@ -355,47 +370,12 @@ def train(config: Config, run: Run) -> GPT:
         run.phase("update")
         evaluated: dict[str, float] = {}
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
-            evaluated = validate(model, state.ema, held_out, config)
-            if distributed.rank() == 0:
-                (run.media / f"samples-{state.iteration:08}.txt").write_text(show(model, state.ema, config), encoding="utf-8")
+            evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}", found.images and found.images[1].shape)
         run.phase("evaluation")
         run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
-    return model
-
-
-def read(config: Config) -> Any:
-    """The data, a text or shards; UsageError where the vocabulary is not made for them."""
-    shards = data.shards(config.data)
-    if shards is None:
-        if config.vocabulary < BYTES:
-            raise UsageError(f"vocabulary must be at least {BYTES} for a text, got {config.vocabulary}")
-        return data.read(config.data)
-    largest = shards.largest()
-    if config.vocabulary == BYTES:
-        raise UsageError(f"data {config.data} are token shards, with numbers up to {largest:,}: give their vocabulary with --vocabulary (256 is for bytes)")
-    if largest >= config.vocabulary:
-        raise UsageError(f"data {config.data}: the largest token is {largest:,}; --vocabulary must be above it, got {config.vocabulary:,}")
-    return shards
-
-
-def spell(model: GPT, parts: tuple[Any, Any], config: Config) -> tuple[data.Tokens, data.Tokens]:
-    """The data's parts in the model's tokens. A model that has no vocabulary yet learns one from the first, the part that is trained on."""
-    if isinstance(parts[0], data.Shards):
-        return parts
-    vocabulary = model.vocabulary()
-    if vocabulary is None:
-        try:
-            merges = learn(parts[0], config.vocabulary)
-        except ValueError as error:
-            raise UsageError(f"vocabulary: {error}") from error
-        model.merges.copy_(torch.from_numpy(merges))
-        vocabulary = Vocabulary(merges)
-    spelt = vocabulary.encode(parts[0]), vocabulary.encode(parts[1])
-    if min(p.size for p in spelt) < 2 * config.context + 1:
-        raise UsageError(f"data {config.data or ''}: too short, {spelt[1].size:,} tokens held out; {2 * config.context + 1:,} hold two windows of the context")
-    return spelt
+    return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
 def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
@@ -429,21 +409,27 @@ class Score(NamedTuple):
     bpb: float | None  # bits per byte; None where the tokens' bytes are not known
     bpb_se: float | None
     bytes: int | None
+    pixels: bool = False  # the tokens are those of images, each a dimension
 
     def columns(self, prefix: str = "") -> dict[str, float]:
-        """The loss, and bits per byte or else the loss's error."""
-        found = {"loss": self.loss, "loss_se": self.loss_se} if self.bpb is None else {"loss": self.loss, "bpb": self.bpb, "bpb_se": self.bpb_se}
+        """The loss, and with their error bits per byte or per dimension, or else the loss's error."""
+        found: dict[str, float | None] = {"loss": self.loss}
+        if self.pixels:
+            found |= {"bpd": self.loss / math.log(2), "bpd_se": self.loss_se / math.log(2)}
+        else:
+            found |= {"loss_se": self.loss_se} if self.bpb is None else {"bpb": self.bpb, "bpb_se": self.bpb_se}
         return {prefix + name: value for name, value in found.items() if value is not None}
 
 
 @torch.no_grad()
 def score(model: GPT, tokens: data.Tokens, count: int | None = None) -> Score:
-    """Every token but the first is predicted, in windows that do not overlap, or in `count` of them, evenly spread.
+    """Every token but the first is predicted, in windows that do not overlap, or in `count` of them, evenly spread; of images every pixel.
 
     The errors are those of batch means: windows are taken together in up to 40 runs of neighbours, whose likeness a window's own variance would hide. Bits
     per byte are a ratio of two sums, whose error is that of its windows' ratios, each weighted by its bytes.
     """
-    device, vocabulary = model.head.weight.device, model.vocabulary()
+    pixels = isinstance(tokens, np.ndarray) and tokens.ndim == 2
+    device, vocabulary = model.head.weight.device, None if pixels else model.vocabulary()
     rows = max(64 * 256 // model.config.context, 1)
     nats, sizes, lengths = [], [], []
     for window in data.windows(tokens, model.config.context, rows, count):
@@ -457,29 +443,45 @@ def score(model: GPT, tokens: data.Tokens, count: int | None = None) -> Score:
     if vocabulary is not None:
         b = np.concatenate(lengths)
         known = (float(n.sum() / b.sum()) / math.log(2), data.block_standard_error(n / b, b) / math.log(2), int(b.sum()))
-    return Score(float(n.sum() / t.sum()), data.block_standard_error(n / t, t), int(t.sum()), *known)
+    return Score(float(n.sum() / t.sum()), data.block_standard_error(n / t, t), int(t.sum()), *known, pixels)
 
 
-def validate(model: GPT, ema: EMA, held_out: data.Tokens, config: Config) -> dict[str, float]:
-    """The columns of an evaluation during training: of the weights themselves and of each of their averages."""
-    columns = score(model, held_out, config.eval_windows).columns("val_")
-    for rate in ema.rates:
-        with ema.swapped(rate):
-            found = score(model, held_out, config.eval_windows)
-        columns |= {f"val_loss_ema_{rate:g}": found.loss} if found.bpb is None else {f"val_bpb_ema_{rate:g}": found.bpb}
+def validate(model: GPT, ema: EMA, held_out: data.Tokens, samples: Path, shape: tuple[int, int, int] | None = None) -> dict[str, float]:
+    """The columns of an evaluation during training: of the weights themselves and of each of their averages.
+
+    Samples of the weights and of their first average, begun with the same seed, go to a file called `samples` with an ending, as far as the seconds that the
+    config grants suffice: text, or images of `shape` (C, H, W), in two rows. Of several processes the first does the work.
+    """
+    config, columns, texts, pictures = model.config, dict[str, float](), list[str](), []
+    for rate in (None, *ema.rates):
+        with ema.swapped(rate), distributed.whole(model):
+            if distributed.rank():
+                continue
+            found = score(model, held_out, config.eval_windows).columns("val_")
+            name, value = list(found.items())[-2]  # before the error
+            columns |= found if rate is None else {f"{name}_ema_{rate:g}": value}
+            if not config.eval_samples or rate not in (None, *ema.rates[:1]):
+                continue
+            generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
+            if shape:
+                pictures.append(draw(model, shape, config.eval_samples, generator, seconds=seconds))
+                continue
+            written = write(model, "\n", 400, generator, config.eval_samples, temperature=0.8, seconds=seconds)
+            by = f", average {rate:g}" if rate is not None else ""
+            texts += [f"--- sample {i}{by} ---\n{t}\n" for i, t in enumerate(written, 1)]
+    if pictures:
+        images.write_grid(samples.with_suffix(".png"), np.concatenate(pictures), config.vocabulary - 1, columns=config.eval_samples)
+    elif distributed.rank() == 0:
+        samples.with_suffix(".txt").write_text("\n".join(texts), encoding="utf-8")
     return columns
 
 
-def show(model: GPT, ema: EMA, config: Config) -> str:
-    """Samples of the weights and, where there is one, of their first average, within the seconds that the config grants; the same seed for both."""
-    parts = []
-    for rate in (None, *ema.rates[:1]) if config.eval_samples else ():
-        with ema.swapped(rate):
-            generator, seconds = torch.Generator().manual_seed(config.seed), config.eval_seconds / (1 + bool(ema.rates))
-            texts = write(model, "\n", 400, generator, config.eval_samples, temperature=0.8, seconds=seconds)
-        name = f", average {rate:g}" if rate is not None else ""
-        parts += [f"--- sample {i}{name} ---\n{t}\n" for i, t in enumerate(texts, 1)]
-    return "\n".join(parts)
+def draw(model: GPT, shape: tuple[int, int, int], count: int, generator: torch.Generator, **how: Any) -> NDArray[np.uint8]:
+    """Images (count, C, H, W), pixel after pixel; black from where the seconds in `how` (see `sampling.go_on`) were over."""
+    levels, D = model.config.vocabulary - 1, math.prod(shape)
+    found = np.array(sampling.go_on(model, [levels], D, generator, count, **how))[:, 1:]
+    found = np.pad(found, ((0, 0), (0, D - found.shape[1])))
+    return found.clip(max=levels - 1).reshape(count, *shape).astype(np.uint8)  # the token that begins an image stands in none
 
 
 def generate(model: GPT, prompt: bytes, length: int, generator: torch.Generator, rows: int = 1, **how: Any) -> list[bytes]:
@@ -506,44 +508,73 @@ def write(model: GPT, prompt: str, length: int, generator: torch.Generator, rows
 def evaluate(
     model: GPT,
     config: Config,
+    given: corpus.Given = None,
     *,
     media: Path | None = None,
     windows: int | None = None,
-    samples: int = 4,
+    samples: int | None = None,
     length: int = 400,
     prompt: str = "\n",
-    temperature: float = 0.8,
+    temperature: float | None = None,
     top_k: int = 40,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    count_model: bool = True,
+    baselines: bool = True,
 ) -> dict[str, float | int | str]:
-    """Bits per byte on the held-out split with standard error, beside those of the count model; of token shards nats per token. Samples to media/samples.txt.
+    """Bits per byte on the held-out split with standard error, beside those of the count model; of token shards nats per token; of images bits per dimension
+    and FID, beside those of plain models. Samples to media. The data are the config's, or those `given` in memory (see `corpus.read`).
 
-    windows: how many are scored, evenly spread; none: all. samples, length (tokens), prompt, temperature, top_k, top_p, min_p: of the text that is written.
+    windows: how many are scored, evenly spread; none: all. samples: none: 4 texts, or 500 images for FID. length (tokens), prompt: of the text that is written.
+    temperature: none: 0.8 of text, 1 of images. top_k, top_p, min_p: of what is sampled. baselines: measure the plain models too.
     Raises UsageError naming an option that is out of range.
     """
     for name, value, least in (("windows", windows, 2), ("samples", samples, 1), ("length", length, 1), ("prompt's length", len(prompt), 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
+    found = corpus.read(config, given)
+    warmth = temperature if temperature is not None else 1.0 if found.images else 0.8
+    how: dict[str, Any] = {"temperature": warmth, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     try:
-        sampling.check(temperature, top_k, top_p, min_p)
+        sampling.check(**how)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    parts = data.parts(read(config), config.context, config.held_out, config.data)
-    found = score(model, spell(model, parts, config)[1], windows)
-    results: dict[str, float | int | str] = {"bpb": found.bpb, "bpb_se": found.bpb_se} if found.bpb is not None and found.bpb_se is not None else {}
-    results |= {"loss": found.loss, "loss_se": found.loss_se, "tokens": found.tokens}
-    if found.bytes is None:
+    scored = score(model, corpus.spell(model, found, config)[1], windows)
+    columns = scored.columns()
+    results: dict[str, float | int | str] = {name: columns[name] for name in columns if "loss" not in name}  # the bits first
+    results |= {"loss": scored.loss, "loss_se": scored.loss_se, "tokens": scored.tokens}
+    generator = torch.Generator().manual_seed(config.seed)
+    if found.images:
+        results |= compare(model, found.images, max(samples or 500, 2), generator, media, baselines, how)
+    elif scored.bytes is None:
         results["note"] = UNKNOWN
     else:
-        results["bytes"] = found.bytes
-        if count_model:
-            results["ngram_bpb"] = ngram.bits_per_byte(*parts)
+        results["bytes"] = scored.bytes
+        if baselines and found.texts:
+            results["ngram_bpb"] = ngram.bits_per_byte(*found.texts)
     results["parameters"] = sum(p.numel() for p in model.parameters())
-    if media is not None:
-        generator = torch.Generator().manual_seed(config.seed)
-        texts = write(model, prompt, length, generator, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if media is not None and not found.images:
+        texts = write(model, prompt, length, generator, samples or 4, **how)
         written = "\n\n".join(f"--- sample {i} ---\n{t}" for i, t in enumerate(texts, 1))
         (media / "samples.txt").write_text(written + "\n", encoding="utf-8")
+    return results
+
+
+def compare(
+    model: GPT, parts: tuple[images.Images, images.Images], count: int, generator: torch.Generator, media: Path | None, baselines: bool, how: dict[str, Any]
+) -> dict[str, float | int | str]:
+    """FID of `count` samples, a hundred of which go to media/samples.png, and what plain models of images reach."""
+    train, held_out = parts
+    pixels = draw(model, train.shape, count, generator, **how)
+    if media is not None:
+        images.write_grid(media / "samples.png", pixels[:100], train.levels, columns=10)
+    network = fid.features(train)
+    reference = network.embed(held_out.pixels)
+    near = fid.distance(network.embed(pixels), reference)
+    results: dict[str, float | int | str] = {"images": len(held_out), "fid": near.fid, "fid_se": near.error, "fid_infinity": near.infinity}
+    if baselines:
+        some = torch.randperm(len(train), generator=generator)[: min(count, len(train))].numpy()
+        apart = fid.distance(network.embed(train.pixels[some]), reference)
+        results |= {"train_fid": apart.fid, "train_fid_se": apart.error, "uniform_bpd": likelihood.uniform(train.levels)}
+        results["histogram_bpd"] = float(likelihood.histogram(train, held_out).mean())
+        results["gaussian_bpd"] = float(likelihood.pca_gaussian(train, held_out)[0].mean())
     return results

@@ -295,6 +295,20 @@ def check(images: Images, shape: tuple[int, ...], levels: int, classes: int | No
         raise UsageError(f"data {name or ''}: the config is for {shape}, {levels} levels{said}; for these images give {fits}")
 
 
+def load(
+    path: Path | None,
+    embedded: Literal["digits", "glyphs"],
+    shape: tuple[int, int, int],
+    levels: int,
+    classes: int | None,
+    held_out: Literal["validation", "tuning"],
+) -> tuple[Images, Images]:
+    """(what to train on, what to evaluate on) as a config says: `read`, `check` and `parts`; pictures of a folder are scaled to `shape` where it is square."""
+    found = read(path, embedded, shape[1] if shape[1] == shape[2] else 0)
+    check(found, shape, levels, classes, path)
+    return parts(found, held_out, path)
+
+
 def batch(images: Images, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`size` images at random, (size, C, H, W) uint8, and their labels (size,) int64, zero where there are none; draws from `generator` alone."""
     index = torch.randint(len(images), (size,), generator=generator).numpy()

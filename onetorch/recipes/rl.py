@@ -105,13 +105,13 @@ def dqn(Config: Any) -> Any:
 @recipe("dqn", reaches="mean return -80 after 100,000 steps (-82 to -78 over the 3 seeds its settings were chosen on), 80 CPU-s on one core")
 def dqn_acrobot(Config: Any) -> Any:
     """DQN on Acrobot-v1."""
-    return Config(env="Acrobot-v1", total_steps=100_000, batch_size=128, lr=5e-4, hidden=(256, 256))  # the defaults: -81.5
+    return Config(env="Acrobot-v1", total_steps=100_000, batch_size=128, lr=5e-4, target_every=250, tau=1.0, hidden=(256, 256))  # the defaults: -81.5
 
 
 @recipe("dqn", reaches="mean return 137 after 100,000 steps (103 to 178 over the 3 seeds its settings were chosen on), 65 CPU-s on one core")
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
-    return Config(env="LunarLander-v3", total_steps=100_000, batch_size=128, epsilon=0.05)
+    return Config(env="LunarLander-v3", total_steps=100_000, batch_size=128, target_every=250, tau=1.0, epsilon=0.05)
 
 
 # Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.

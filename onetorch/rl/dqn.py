@@ -30,8 +30,9 @@ Speed: nets this small are bound by the number of calls, so N environments are s
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation
 from onetorch.rl.buffer import Batch, PrioritizedReplay, Replay
+from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.plan import thread_counts
@@ -64,8 +66,8 @@ class Config:
     lr: float = 1e-3  # Adam's step size
     anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
-    target_every: int = 250  # gradient steps between two updates of the target
-    tau: float = 1.0  # how far such an update moves the target: 1 is a copy (Mnih), 0.005 with target_every 1 is Polyak's average (Lillicrap)
+    target_every: int = 1  # gradient steps between two updates of the target
+    tau: float = 0.01  # how far such an update moves the target: with target_every 1 Polyak's average (Lillicrap); 1 is a copy, for target_every 250 say (Mnih)
     epsilon: float = 0.04  # share of random actions at the end; it begins with 1
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
     double: bool = True  # double Q-learning
@@ -137,7 +139,7 @@ class State:
 
     model: QNet
     target: QNet
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
     envs: environments.Envs
     replay: Replay
     generator: torch.Generator  # of samples
@@ -161,7 +163,7 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
     model = build(config).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = Adam((model.parameters(), config.lr))
     envs = environments.make(config.env, config.num_envs, config.seed, backend)
     shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
@@ -194,36 +196,41 @@ def explore(config: Config, state: State, epsilon: float, run: Run) -> None:
         run.phase("replay")
 
 
-def learn(config: Config, state: State, beta: float, run: Run) -> dict[str, Any]:
-    """A round of gradient steps. Returns what was seen in the last of them, before its step: loss and grad_norm (), q and y (B,)."""
-    model, replay, optimizer = state.model, state.replay, state.optimizer
-    params = optimizer.param_groups[0]["params"]
-    for _ in range(config.updates):
-        rows = replay.draw(config.batch_size, state.generator)
+def batches(config: Config, state: State) -> Iterator[tuple[Tensor, Batch, Tensor | float]]:
+    """The rows, transitions and discounts of a round's gradient steps: of all at once, or with priorities, which each step changes, one by one."""
+    replay, sizes = state.replay, [config.batch_size] * config.updates
+    for count in sizes if config.priority else [sum(sizes)]:
+        rows = replay.draw(count, state.generator)
         batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
+        discounts = discount.split(config.batch_size) if isinstance(discount, Tensor) else repeat(discount)
+        for part, *columns, k in zip(rows.split(config.batch_size), *(x.split(config.batch_size) for x in batch), discounts, strict=False):
+            yield part, Batch(*columns), k
+
+
+def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0) -> dict[str, Any]:
+    """A round of gradient steps, with `left` of the step size. Returns what was seen in the last of them, before its step: loss and grad_norm, q and y (B,)."""
+    model, replay, optimizer = state.model, state.replay, state.optimizer
+    for rows, batch, discount in batches(config, state):
         y = td_target(model, state.target, batch, discount, config.double)
         act, values = batch.act.unsqueeze(1), model(batch.obs)
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
+        loss = F.huber_loss(q, y, weight=weight)  # type: ignore[call-arg]  # torch's stub does not know it
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
-        grads = torch.autograd.grad(values, params, slopes)
+        optimizer.zero_grad()
+        values.backward(slopes)
         if isinstance(replay, PrioritizedReplay):
             replay.prioritize(rows, error)
-        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        grad_norm = optimizer.clip(config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
-        if grad_norm > config.max_grad_norm:
-            torch._foreach_mul_(grads, config.max_grad_norm / grad_norm)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        optimizer.step()
+        optimizer.step(left)
         state.updates += 1
         if state.updates % config.target_every == 0:
             with torch.no_grad():
-                torch._foreach_lerp_(list(state.target.parameters()), params, config.tau)
+                torch._foreach_lerp_(list(state.target.parameters()), list(model.parameters()), config.tau)
     run.phase("update")
     return {"loss": loss, "q": q, "y": y, "grad_norm": grad_norm}
 
@@ -253,9 +260,9 @@ def train(config: Config, run: Run) -> QNet:
         step = state.iteration * config.update_every  # after this round
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
         epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
-        state.optimizer.param_groups[0]["lr"] = config.lr * (1 - (state.iteration - 1) / total if config.anneal else 1)
+        left = 1 - (state.iteration - 1) / total if config.anneal else 1.0
         explore(config, state, epsilon, run)
-        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run) if step >= config.update_after else {}
+        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run, left) if step >= config.update_after else {}
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:
             episodes = state.envs.episodes
             if seen:
@@ -269,14 +276,14 @@ def train(config: Config, run: Run) -> QNet:
 
 
 def evaluate(
-    model: QNet, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, epsilon: float = 0.0
+    model: QNet, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, epsilon: float | None = None
 ) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `epsilon`: share of random actions (Mnih et al.: 0.05)."""
+    """Mean return over episodes of their own, with a 95 % interval: of the best actions, and with a share epsilon of random ones as `stochastic_return`;
+    `agent.mp4` under `media` is of the best. `epsilon`: None is that of the end of training; Mnih et al. take 0.05."""
+    share, rng = config.epsilon if epsilon is None else epsilon, torch.Generator().manual_seed(seed)
 
-    def policy(obs: Tensor) -> Tensor:
-        best = model(obs).argmax(1)
-        return torch.where(torch.rand(len(obs)) < epsilon, torch.randint(model.act_dim, (len(obs),)), best)
+    def exploring(obs: Tensor) -> Tensor:
+        random, act = torch.rand(len(obs), generator=rng) < share, torch.randint(model.act_dim, (len(obs),), generator=rng)
+        return torch.where(random, act, model.act(obs))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return evaluation.evaluate(policy, config.env, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(model.act, config.env, stochastic=exploring, media=media, episodes=episodes, seed=seed)

@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
@@ -116,8 +117,8 @@ class State:
 
     model: Agent
     target: Stack  # the critics' slow copy
-    pi_optimizer: torch.optim.Optimizer
-    q_optimizer: torch.optim.Optimizer
+    pi_optimizer: Adam
+    q_optimizer: Adam
     log_alpha: Tensor  # ()
     envs: environments.Envs
     replay: Replay
@@ -147,8 +148,8 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     log_alpha = torch.tensor(math.log(config.alpha or 1.0), requires_grad=config.alpha is None)
     return State(
         model, target,
-        torch.optim.Adam([model.pi.flat, *([log_alpha] if config.alpha is None else [])], lr=config.lr, fused=True),
-        torch.optim.Adam([model.q.flat], lr=config.q_lr or config.lr, fused=True),
+        Adam(([model.pi.flat, *([log_alpha] if config.alpha is None else [])], config.lr)),
+        Adam(([model.q.flat], config.q_lr or config.lr)),
         log_alpha, environments.make(config.env, config.num_envs, config.seed, backend),
         Replay(config.replay, (spaces.obs_dim,), () if spaces.discrete else (spaces.act_dim,), num_envs=config.num_envs,
                act_dtype=torch.int64 if spaces.discrete else torch.float32),
@@ -258,11 +259,11 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 
 def train(config: Config, run: Run) -> Agent:
-    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
+    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # a gradient step on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
+        return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
@@ -305,9 +306,12 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
         run.phase("environment")
 
 
-def evaluate(
-    model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000, deterministic: bool = True
-) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`. `deterministic`: the likeliest actions, else drawn."""
-    rng = None if deterministic else torch.Generator().manual_seed(seed)
-    return evaluation.evaluate(lambda obs: model.act(obs, rng), config.env, media=media, episodes=episodes, seed=seed)
+def evaluate(model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
+    """Mean return over episodes of their own, with a 95 % interval: of the likeliest actions, and of drawn ones as `stochastic_return`; `agent.mp4` under
+    `media` is of the likeliest."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def drawn(obs: Tensor) -> Tensor:
+        return model.act(obs, rng)
+
+    return evaluation.evaluate(lambda obs: model.act(obs, None), config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed)

@@ -36,6 +36,8 @@ def library() -> ctypes.CDLL | None:
         sizes: list[Any] = [ctypes.c_int, ctypes.c_int, i64, i64, i64, ctypes.POINTER(i64)]
         lib.onetorch_mlp_forward.argtypes = [*sizes, *[pointer] * 4, ctypes.c_int]
         lib.onetorch_mlp_backward.argtypes = [*sizes, *[pointer] * 7, ctypes.c_int]
+        lib.onetorch_adam.argtypes = [i64, *[pointer] * 5, *[ctypes.c_float] * 5]
+        lib.onetorch_adam.restype = None
     return lib
 
 
@@ -45,20 +47,26 @@ def dtypes() -> tuple[str, ...]:
     return ("float32", "bfloat16") if lib is not None and lib.onetorch_mlp_bf16() else ("float32",)
 
 
+def _forward(x: Tensor, flat: Tensor, stack: "Stack", count: int) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """out (count, B, out) for x (B, in) contiguous, what the hidden layers gave, and the shape as the C++ functions take it."""
+    lib = library()
+    assert lib is not None
+    B, sizes = len(x), stack.sizes
+    hidden, out = torch.empty(count * B * stack.width), torch.empty(count, B, sizes[-1])
+    shape = (int(stack.dtype == "bfloat16"), NATIVE.index(stack.activation), count, B, len(sizes) - 1, (ctypes.c_int64 * len(sizes))(*sizes))
+    lib.onetorch_mlp_forward(*shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    return out, hidden, shape
+
+
 class _Pass(torch.autograd.Function):
     """x (B, in), flat -> (count, B, out), in C++, by the first `count` nets."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flat: Tensor, stack: "Stack", count: int) -> Tensor:
-        lib = library()
-        assert lib is not None
-        x, B = x.contiguous(), len(x)
-        hidden, out = torch.empty(count * B * sum(stack.sizes[1:-1])), torch.empty(count, B, stack.sizes[-1])
-        kind, sizes = NATIVE.index(stack.activation), (ctypes.c_int64 * len(stack.sizes))(*stack.sizes)
-        ctx.shape = (int(stack.dtype == "bfloat16"), kind, count, B, len(stack.sizes) - 1, sizes)
+        x = x.contiguous()
+        out, hidden, ctx.shape = _forward(x, flat, stack, count)
         ctx.save_for_backward(x, flat, hidden)
         ctx.widest, ctx.whole = max(stack.sizes), count == (stack.count or 1)
-        lib.onetorch_mlp_forward(*ctx.shape, x.data_ptr(), flat.data_ptr(), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
     @staticmethod
@@ -87,6 +95,7 @@ class Stack(nn.Module):
     def __init__(self, count: int | None, sizes: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
         self.count, self.sizes, self.activation, self.dtype = count, tuple(sizes), activation, "float32"
+        self.width = sum(self.sizes[1:-1])  # of all hidden layers
         shapes = [shape for fan_in, fan_out in pairwise(sizes) for shape in ((fan_out, fan_in), (fan_out,))]
         bounds = [1 / math.sqrt(fan_in) for fan_in in self.sizes[:-1] for _ in range(2)]
         self.shapes = shapes * (count or 1)
@@ -100,7 +109,8 @@ class Stack(nn.Module):
         """`frozen`: gradients flow to x alone. `first`: only so many of the nets are asked."""
         flat, count = self.flat.detach() if frozen else self.flat, first or self.count or 1
         if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and self.activation in NATIVE and library() is not None:
-            out = _Pass.apply(x, flat, self, count)
+            # Where no gradient is asked for, autograd's part would take as long as a small net's pass.
+            out = _Pass.apply(x, flat, self, count) if torch.is_grad_enabled() else _forward(x.contiguous(), flat, self, count)[0]
         else:
             parts = iter(self.split(flat))
             out = torch.stack([self._net(x, parts) for _ in range(count)])

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.plan import thread_counts
@@ -108,8 +109,8 @@ class State:
 
     model: Agent
     target: Agent  # the slow copy
-    pi_optimizer: torch.optim.Optimizer
-    q_optimizer: torch.optim.Optimizer
+    pi_optimizer: Adam
+    q_optimizer: Adam
     envs: environments.Envs
     replay: Replay
     rng: torch.Generator  # of actions, batches and noise
@@ -141,8 +142,8 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     spaces = environments.spaces(config.env)
     return State(
         model, target,
-        torch.optim.Adam([model.pi.flat], lr=config.lr, fused=True),
-        torch.optim.Adam([model.q.flat], lr=config.q_lr or config.lr, fused=True),
+        Adam(([model.pi.flat], config.lr)),
+        Adam(([model.q.flat], config.q_lr or config.lr)),
         environments.make(config.env, config.num_envs, config.seed, backend),
         Replay(config.replay, (spaces.obs_dim,), (spaces.act_dim,), num_envs=config.num_envs),
         torch.Generator().manual_seed(config.seed),
@@ -192,11 +193,11 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 
 def train(config: Config, run: Run) -> Agent:
-    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # three gradient steps on what ten steps gave
+    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two gradient steps, one of them the policy's too, on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(3)]
+        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(2)]
 
     key = f"td3 {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
@@ -238,5 +239,11 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
 
 
 def evaluate(model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:
-    """Mean return over episodes of their own, with a 95 % interval; `agent.mp4` under `media`."""
-    return evaluation.evaluate(model, config.env, media=media, episodes=episodes, seed=seed)
+    """Mean return over episodes of their own, with a 95 % interval: of pi(s), and with noise as in training as `stochastic_return`; `agent.mp4` under `media`
+    is without."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def noisy(obs: Tensor) -> Tensor:
+        return model(obs) + config.act_noise * torch.randn(len(obs), model.act_dim, generator=rng)  # what lies beyond [-1, 1] is clipped
+
+    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed)

@@ -43,11 +43,17 @@ class Algorithm:
     Config: type
     docs: dict[str, str]  # field name of Config to its trailing comment
     options: dict[str, tuple[Any, Any]]  # keyword-only options of evaluate(), except `media`: name to (annotation, default)
+    evaluates: str  # evaluate()'s docstring, which says what they mean
 
     @property
     def name(self) -> str:
         """The file's name without its ending."""
         return self.path.stem
+
+    @property
+    def in_several_processes(self) -> bool:
+        """Whether its `train` can share out a run among processes: it has to wrap its model for that."""
+        return b"distributed.wrap(" in self.code
 
     def load(self) -> types.ModuleType:
         """Import the file (and so torch). UsageError names the file and line if it does not import."""
@@ -106,7 +112,7 @@ def of_run(where: Path, gate: trust.Gate = trust.own_only) -> Algorithm:
     Reading a Config executes a part of the file, so `gate` is asked first.
     """
     if (where / "manifest.json").exists():
-        raise UsageError(f"{where} is a model folder, not a run: onetorch verify {where} --results evaluates it, onetorch train RECIPE --from {where} goes on")
+        raise UsageError(f"{where} is a model folder, not a run: onetorch eval {where} evaluates it, onetorch train RECIPE --from {where} goes on")
     if not folder.holds_run(where):
         near = nearest(where.name, (p.name for p in where.parent.iterdir() if folder.holds_run(p))) if where.parent.is_dir() else ""
         raise UsageError((f"{where} holds no run (no config.json)" if where.exists() else f"there is no folder {where}") + near)
@@ -159,7 +165,7 @@ def of_code(path: Path, code: bytes, module: str | None = None) -> Algorithm:
         p.name: (kinds.get(p.name, str), p.default) for p in inspect.signature(evaluate).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "media"
     }
     doc = (ast.get_docstring(tree) or "").strip().split("\n")[0]
-    return Algorithm(path, module, code, doc, Config, _field_comments(text, bound["Config"]), options)
+    return Algorithm(path, module, code, doc, Config, _field_comments(text, bound["Config"]), options, inspect.getdoc(evaluate) or "")
 
 
 def _binds(node: ast.stmt) -> list[str]:
@@ -175,9 +181,9 @@ def _execute(tree: ast.Module, bound: dict[str, ast.stmt], path: Path) -> dict[s
     """Execute the statements that `Config` and the signature of `evaluate` need, in the order of the file."""
     evaluate = bound["evaluate"]
     if isinstance(evaluate, ast.FunctionDef):
-        # Only the keyword-only options count here: their defaults and annotations are kept, the body and the rest of the signature are not.
-        evaluate = copy.copy(evaluate)
-        evaluate.body, evaluate.decorator_list, evaluate.returns, evaluate.args = [ast.Pass()], [], None, copy.deepcopy(evaluate.args)
+        # Only the docstring and the keyword-only options count here: their defaults and annotations are kept, the rest is not.
+        said, evaluate = ast.get_docstring(evaluate) or "", copy.copy(evaluate)
+        evaluate.body, evaluate.decorator_list, evaluate.returns, evaluate.args = [ast.Expr(ast.Constant(said))], [], None, copy.deepcopy(evaluate.args)
         evaluate.args.defaults = []
         for argument in evaluate.args.posonlyargs + evaluate.args.args + [a for a in evaluate.args.kwonlyargs if a.arg == "media"]:
             argument.annotation = None

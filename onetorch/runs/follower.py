@@ -26,16 +26,20 @@ class Follower(Run):
         return dict(choice)
 
     def restore(self, live: S) -> S:
+        self._state = live
         step = distributed.agree(None)
         self._initialize(live)
         if step is not None:
             found = checkpoint.load(self.folder / "checkpoints" / checkpoint.folder_name(step))
             state.restore_state(live, found.record["state"], found.model, found.state)
+            self._saved = self.iteration = found.step
             self._last_step = found.record["last_step"]
         return live
 
     def _leave_if_told(self) -> None:
-        if distributed.agree_to_stop(False):
+        if distributed.agree_to(False):
+            if self._state is not None and self.iteration > 0:
+                self._save(self._state)
             raise Stopped("process 0 stops", 0)
 
     def _start_signals(self) -> None:
@@ -44,7 +48,10 @@ class Follower(Run):
     def _flush(self, sync: bool = False) -> None:
         self._rows.clear()
 
-    def _save(self, live: Any) -> None: ...
+    def _save(self, live: Any) -> None:
+        if distributed.sharding and self._saved != self.iteration:
+            state.pack_state(live)  # our shares of it
+            self._saved = self.iteration
 
     def _write_record(self) -> None: ...
 

@@ -62,7 +62,8 @@ def choose(measure: Measure | None, dimensions: dict[str, tuple[Any, ...]], budg
     """The fastest choice and the seconds it took to find it.
 
     One dimension is varied at a time, the others held at the best so far; the first candidate of each is the default and stays unless another is clearly
-    faster. Candidate and incumbent run in turn and their fastest times are compared, so that a machine that slows down slows both.
+    faster. Candidate and incumbent run in turn and their fastest times are compared, so that a machine that slows down slows both. Once the budget is spent
+    no further work begins; what has begun (one preparation, or one unit of work of each of the two) ends.
     """
     start = time.perf_counter()
     best: Choice = {name: candidates[0] for name, candidates in dimensions.items()}
@@ -79,7 +80,7 @@ def choose(measure: Measure | None, dimensions: dict[str, tuple[Any, ...]], budg
                 return best, time.perf_counter() - start
             trial = {**best, name: value}
             challenger = _timed(measure, trial)
-            if _faster(challenger, incumbent, left / max(slices, 1)):
+            if _faster(challenger, incumbent, left / max(slices, 1), left):
                 best, incumbent = trial, challenger
             slices -= 1
     return best, time.perf_counter() - start
@@ -88,7 +89,8 @@ def choose(measure: Measure | None, dimensions: dict[str, tuple[Any, ...]], budg
 def _timed(measure: Measure, choice: Choice) -> Callable[[], float]:
     import torch
 
-    set_threads(choice)
+    # On a machine that has other things to do, threads wait for each other longer than there is anything to prepare.
+    set_threads({name: 1 for name in choice if name == "threads"})
     work = measure(choice)
 
     def run() -> float:
@@ -104,14 +106,21 @@ def _timed(measure: Measure, choice: Choice) -> Callable[[], float]:
     return run
 
 
-def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], seconds: float) -> bool:
+def _faster(challenger: Callable[[], float], incumbent: Callable[[], float], seconds: float, left: float) -> bool:
+    """`seconds` are this challenger's share of the `left` ones."""
     start = time.perf_counter()
-    warm = challenger()
-    mine, theirs = float("inf"), incumbent()
+    warm, theirs = challenger(), incumbent()
     if warm > 20 * theirs and warm > seconds:
         return False  # hopeless, and another trial would cost what is left for the others
+    mine, lasted = warm, time.perf_counter() - start
     for done in range(1, 51):
-        mine, theirs = min(mine, challenger()), min(theirs, incumbent())
+        if (begin := time.perf_counter()) + lasted > start + left:
+            break  # another round would not fit
+        if done % 2:  # each is first in turn: what interrupts the process in a rhythm shall not always hit the same one
+            mine, theirs = min(mine, challenger()), min(theirs, incumbent())
+        else:
+            theirs, mine = min(theirs, incumbent()), min(mine, challenger())
+        lasted = time.perf_counter() - begin
         if time.perf_counter() - start > seconds or (done >= 3 and not theirs / CLEAR < mine < theirs * CLEAR):
             break
     return mine < MARGIN * theirs

@@ -327,11 +327,12 @@ class Run:
             self._go_on(live)
         else:
             self._initialize(live)
-        distributed.agree(self._saved)
+            distributed.agree(None)
         return live
 
     def _go_on(self, live: Any) -> None:
         found, damaged = checkpoint.newest(self.folder / "checkpoints")
+        distributed.agree(found and found.step)  # before the others are needed to share out what was found
         for problem in damaged:
             self.say(f"{problem}; going on from an older checkpoint")
         if found is None:
@@ -530,8 +531,8 @@ class Run:
         """
         self._state = live
         since = time.perf_counter() - self._saved_at
-        due = since >= max(self._checkpoint_seconds, self._save_cost / CHECKPOINT_SHARE)
-        if due or self._stop or self.iteration == self._total:
+        due = since >= max(self._checkpoint_seconds, self._save_cost / CHECKPOINT_SHARE) or self._stop is not None or self.iteration == self._total
+        if distributed.agree_to(due) if distributed.sharding else due:
             self._save(live)
 
     def _save(self, live: Any) -> None:
@@ -597,7 +598,7 @@ class Run:
 
     def _leave_if_told(self) -> None:
         stop = self._stop
-        if distributed.agree_to_stop(stop is not None) and stop:
+        if distributed.agree_to(stop is not None) and stop:
             if self._state is not None and self.iteration > 0:
                 self._save(self._state)
             raise Stopped(*stop)

@@ -1,7 +1,8 @@
 """An algorithm's state as tensors (safetensors) and JSON, and back, bit for bit. No pickle, so loading executes nothing.
 
 A state is a dataclass whose fields are objects with `state_dict()` / `load_state_dict()`, tensors, numpy arrays, random generators (torch, numpy, Python),
-plain values, or lists, tuples and dicts of these. JSON has fewer types than Python; what it lacks is written as an object with one `$kind` key.
+plain values, or lists, tuples and dicts of these. What is sharded among processes is saved whole (`distributed.py`). JSON has fewer types than Python; what
+it lacks is written as an object with one `$kind` key.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onetorch.runs import distributed
 from onetorch.runs.errors import CheckpointError, RunError
 
 
@@ -41,7 +43,7 @@ def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, random.Random):
         return {"$random": pack(value.getstate(), name, tensors)}
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return {"$state_dict": pack(dict(value.state_dict()), name, tensors)}
+        return {"$state_dict": pack(dict(distributed.state_dict(value)), name, tensors)}
     if isinstance(value, tuple) and type(value) is tuple:
         return {"$tuple": [pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
     if isinstance(value, list):
@@ -100,7 +102,7 @@ def restore(live: Any, node: Any, tensors: dict[str, torch.Tensor], name: str) -
     elif isinstance(live, random.Random):
         live.setstate(saved)
     elif hasattr(live, "load_state_dict"):
-        live.load_state_dict(saved)
+        distributed.load_state_dict(live, saved)
     elif isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor) and live.shape == saved.shape and live.dtype == saved.dtype:
         with torch.no_grad():
             live.copy_(saved)
@@ -133,7 +135,7 @@ def pack_state(state: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], dic
         value = getattr(state, field.name)
         if field.name == "model":
             # Weights under their own names: others read model.safetensors without knowing onetorch.
-            tree["model"] = {"$state_dict": {k: pack(v, k, model) for k, v in value.state_dict().items()}}
+            tree["model"] = {"$state_dict": {k: pack(v, k, model) for k, v in distributed.state_dict(value).items()}}
         else:
             tree[field.name] = pack(value, field.name, others)
     generators = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False), "python": random.getstate()}

@@ -31,6 +31,7 @@ def test_images(tmp_path: Path) -> None:
     rows = dict(describe(tmp_path / "a.npz"))
     assert rows["images"] == "20 of 6 x 4 pixels, 1 channel"
     assert rows["labels"] == "2: 0 10, 1 10"
+    assert rows["for gpt"] == "--images data --context 24 --vocabulary 257, pixel after pixel"
     assert rows["parts"].startswith("15 to train on")  # n / 1.618… has a fractional part below a fifth for n of 0, 5, 10, 13, 18
 
 

@@ -18,11 +18,10 @@ from onetorch.runs.run import Run
 
 TINY = Config(
     shape=(1, 4, 4), levels=5, classes=2, steps=6, batch=8, width=16, depth=1, heads=2, patch=2, stages=(1, 2), eval_every=3, eval_samples=8, sample_steps=3,
-    warmup=2,
+    warmup=2, lr=2e-3,
 )  # fmt: skip
 PLAN = "threads=1,dtype=float32,layout=contiguous_format,attention=explicit"
 OBJECTIVES = ["epsilon", "v", "flow"]
-SAMPLERS = ["ancestral", "ddim", "euler", "heun"]
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -55,144 +54,6 @@ def model_with_weights(config: Config = TINY) -> diffusion.Diffusion:
     return model
 
 
-# -- the path ------------------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_tells_the_image_and_the_noise(objective: str) -> None:
-    x0, eps = torch.randn(2, 6, 1, 3, 3, generator=gen(), dtype=torch.float64)
-    t = torch.linspace(0.05, 0.95, 6, dtype=torch.float64)[:, None, None, None]
-    alpha, sigma = diffusion.path(objective, t)
-    x = alpha * x0 + sigma * eps
-    out = diffusion.target(objective, x0, eps, alpha, sigma)
-    assert torch.allclose(diffusion.clean(objective, out, x, alpha, sigma), x0)
-    assert torch.allclose((x - alpha * x0) / sigma, eps)
-
-
-def test_v_and_flow_are_the_paths_velocity() -> None:
-    """dx/dt by central differences; v is that of the cosine path by 2 / pi."""
-    x0, eps = torch.randn(2, 5, 1, 1, 1, generator=gen(), dtype=torch.float64)
-    t, h = torch.full((5, 1, 1, 1), 0.3, dtype=torch.float64), 1e-5
-    for objective, factor in (("v", 2 / math.pi), ("flow", 1.0)):
-        ahead, behind = (a * x0 + s * eps for a, s in (diffusion.path(objective, t + d) for d in (h, -h)))
-        alpha, sigma = diffusion.path(objective, t)
-        expected = (ahead - behind) / (2 * h)
-        assert torch.allclose(diffusion.velocity(objective, alpha * x0 + sigma * eps, x0, t), expected, atol=1e-7)
-        assert torch.allclose(diffusion.target(objective, x0, eps, alpha, sigma), factor * expected, atol=1e-7)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_time_of_is_the_inverse_of_the_signal_to_noise_ratio(objective: str) -> None:
-    t = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
-    alpha, sigma = diffusion.path(objective, t)
-    assert torch.allclose(diffusion.time_of(objective, 2 * (alpha / sigma).log()), t)
-
-
-def test_the_posterior_is_bayes() -> None:
-    """From the products of two Gaussians: q(x_s | x_0) has precision 1 / sigma_s^2, x_t given x_s has mean a x_s and variance sigma_t^2 - a^2 sigma_s^2."""
-    alpha, sigma = (0.6, 0.9), (0.8, 0.4)
-    x, x0, a = 0.3, -0.7, 0.6 / 0.9
-    b = 0.8**2 - a**2 * 0.4**2
-    precision = 1 / 0.4**2 + a**2 / b
-    mean = (0.9 * x0 / 0.4**2 + a * x / b) / precision
-    found = diffusion.posterior(torch.tensor(x), torch.tensor(x0), tuple(map(torch.tensor, alpha)), tuple(map(torch.tensor, sigma)))  # type: ignore[arg-type]
-    assert found[0].item() == pytest.approx(mean)
-    assert found[1].item() == pytest.approx(1 / precision)
-
-
-def test_the_posterior_is_that_of_ddpm() -> None:
-    """Ho et al. 2020, equation 7, for three betas: alpha_bar is the product of 1 - beta."""
-    beta = torch.tensor([0.1, 0.2, 0.4])
-    bar = (1 - beta).cumprod(0)
-    x, x0 = torch.tensor(0.5), torch.tensor(0.25)
-    mean, variance = diffusion.posterior(x, x0, (bar[2].sqrt(), bar[1].sqrt()), ((1 - bar[2]).sqrt(), (1 - bar[1]).sqrt()))
-    assert variance == pytest.approx(((1 - bar[1]) / (1 - bar[2]) * beta[2]).item())
-    expected = bar[1].sqrt() * beta[2] / (1 - bar[2]) * x0 + (1 - beta[2]).sqrt() * (1 - bar[1]) / (1 - bar[2]) * x
-    assert mean == pytest.approx(expected.item())
-
-
-# -- sampling and likelihood, where the best denoiser is known -------------------------------------------------------------------------------------------
-
-
-def gaussian_denoiser(objective: str, mean: float, std: float):
-    """E[x_0 | x_t] for x_0 of a normal distribution."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = diffusion.path(objective, t)
-        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
-
-    return denoise
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_recovers_a_gaussian(objective: str, sampler: diffusion.Sampler) -> None:
-    noise = torch.randn(20_000, 1, 1, 1, generator=gen(1), dtype=torch.float64)
-    noise = (noise - noise.mean()) / noise.std()
-    x = diffusion.solve(gaussian_denoiser(objective, 0.4, 0.3), noise, objective, sampler, {"heun": 100}.get(sampler, 400), gen(2))
-    assert x.mean().item() == pytest.approx(0.4, abs=0.01)
-    assert x.std().item() == pytest.approx(0.3, rel=0.03)
-    if sampler != "ancestral":  # without noise of their own the samples are a straight line of the noise, as they must
-        assert torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1] == pytest.approx(1)
-
-
-def test_heun_is_of_second_order_and_euler_of_first() -> None:
-    """Half the step, a quarter and half the error: against the exact map from noise to image, x = m + s / sqrt(alpha^2 s^2 + sigma^2) (x_T - alpha m)."""
-    noise = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
-    mean, std, last = 0.4, 0.5, torch.tensor(diffusion.T_LAST, dtype=torch.float64)
-    for objective in ("v", "flow"):
-        alpha, sigma = diffusion.path(objective, last)
-        exact = mean + std / (alpha**2 * std**2 + sigma**2).sqrt() * (noise - alpha * mean)
-        for sampler, ratio in (("euler", 2.0), ("heun", 4.0)):
-            errors = [
-                (diffusion.solve(gaussian_denoiser(objective, mean, std), noise, objective, sampler, n, gen()) - exact).abs().max().item()  # type: ignore[arg-type]
-                for n in (100, 200)
-            ]
-            assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.15)
-
-
-def test_ddim_is_euler_on_the_straight_path() -> None:
-    noise = torch.randn(5, 1, 2, 2, generator=gen())
-    found = [diffusion.solve(gaussian_denoiser("flow", 0.1, 0.2), noise, "flow", sampler, 7, gen()) for sampler in ("ddim", "euler")]  # type: ignore[arg-type]
-    assert torch.allclose(found[0], found[1], atol=1e-5)
-
-
-def coin_denoiser(objective: str, odds: float):
-    """E[x_0 | x_t] for x_0 = 1 with probability `odds`, else -1."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = diffusion.path(objective, t)
-        return torch.tanh(alpha * x / sigma**2 + 0.5 * math.log(odds / (1 - odds)))
-
-    return denoise
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_likelihood_and_samples_are_of_the_same_distribution(objective: str) -> None:
-    """Pixels that are 1 of two levels with probability 0.8: the bound is their entropy, and samples have that frequency."""
-    odds, n = 0.8, 1000
-    denoise = coin_denoiser(objective, odds)
-    pixels = (torch.rand(n, 1, 2, 2, generator=gen(3)) < odds).to(torch.uint8)
-    found = diffusion.bits(denoise, pixels, 2, objective, gen(), times=60)
-    ones = pixels.float().mean().item()
-    exact = -ones * math.log2(odds) - (1 - ones) * math.log2(1 - odds)
-    error = found.std().item() / math.sqrt(n)
-    assert found.mean().item() == pytest.approx(exact, abs=4 * error + 0.005)
-    for sampler in ("ancestral", "heun"):
-        noise = torch.randn(n, 1, 2, 2, generator=gen(4))
-        x = diffusion.solve(denoise, noise, objective, sampler, 100, gen(5))  # type: ignore[arg-type]
-        drawn = images.quantize(x, 2).float()
-        assert drawn.mean().item() == pytest.approx(odds, abs=0.03)
-        assert x.abs().mean().item() == pytest.approx(1, abs=0.02)
-
-
-def test_a_worse_denoiser_costs_more_bits() -> None:
-    pixels = (torch.rand(500, 1, 2, 2, generator=gen(3)) < 0.8).to(torch.uint8)
-    right, wrong = (diffusion.bits(coin_denoiser("flow", odds), pixels, 2, "flow", gen(), times=30).mean() for odds in (0.8, 0.3))
-    assert wrong > right + 0.2
-    assert diffusion.bits(lambda x, t: torch.zeros_like(x), pixels, 2, "flow", gen()).mean() > 1
-
-
 # -- the model -----------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -219,18 +80,6 @@ def test_an_image_is_seen_whole_and_by_itself(backbone: str) -> None:
     assert (x.grad[1] == 0).all()
     for changed in (model(x, t + 0.1, labels), model(x, t, 1 - labels)):
         assert not torch.allclose(changed, out)
-
-
-def test_patches_are_put_back_where_they_were() -> None:
-    config = replace(TINY, shape=(3, 4, 6))
-    model = model_with_weights(config)
-    x = torch.randn(1, 3, 4, 6, generator=gen(), requires_grad=True)
-    net = model.net
-    net.blocks = torch.nn.ModuleList()  # without blocks a token sees its own patch alone
-    net(x, torch.tensor([0.5]), torch.tensor([0]), torch.float32, False)[0, 0, 2, 4].backward()
-    assert x.grad is not None
-    seen = (x.grad[0] != 0).any(0)
-    assert seen.nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
 
 
 def test_the_loss_of_a_new_model_is_the_targets_power() -> None:
@@ -291,8 +140,12 @@ def test_training_learns_samples_and_evaluates(tmp_path: Path, backbone: str, ob
     rows = rows_of(tmp_path / "run")
     assert [r["step"] for r in rows if "fid" in r] == [75, 150]
     assert np.mean([r["loss"] for r in rows[-10:]]) < 0.6 * np.mean([r["loss"] for r in rows[:5]])
-    assert sorted(p.name for p in (tmp_path / "run" / "media").glob("*.png")) == ["samples-00000075.png", "samples-00000150.png"]
-    results = diffusion.evaluate(model, config, media=tmp_path, samples=60)
+    grids = sorted(p.stem for p in (tmp_path / "run" / "media").glob("*.png"))
+    assert grids == ["samples-00000075", "samples-00000075-raw", "samples-00000150", "samples-00000150-raw"]
+    assert rows[-1]["raw_val_bpd"] == pytest.approx(rows[-1]["val_bpd"], abs=0.3)
+    assert rows[-1]["raw_val_bpd"] != rows[-1]["val_bpd"]
+    results = diffusion.evaluate(model, config, media=tmp_path, samples=60, flow_steps=10)
+    assert results["flow_bpd"] == pytest.approx(results["bpd"], abs=0.5)
     assert results["bpd"] < results["uniform_bpd"]  # type: ignore[operator]
     assert results["bpd"] == pytest.approx(rows[-1]["val_bpd"], abs=6 * rows[-1]["val_bpd_se"])
     assert results["images"] == 24
@@ -384,16 +237,27 @@ def test_a_loss_that_is_no_number_is_caught_before_the_weights(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("wrong", [
-    {"steps": 0}, {"batch": -1}, {"width": 20}, {"lr": 0.0}, {"lr_matrix": math.inf}, {"ema": 1.0}, {"decay": 0.0}, {"drop_label": 1.0}, {"shape": (2, 8, 8)},
-    {"levels": 1}, {"eval_samples": 1}, {"guidance": -1.0}, {"guidance": 2.0, "classes": 0}, {"patch": 3}, {"stages": ()},
-    {"stages": (1, 1, 1, 1, 1), "backbone": "unet"}, {"warmup": -1},
+    {"steps": 0}, {"batch": -1}, {"width": 20}, {"lr": 0.0}, {"lr_matrix": math.inf}, {"ema": 1.0}, {"decay": -0.1}, {"drop_label": 1.0}, {"shape": (2, 8, 8)},
+    {"levels": 1}, {"eval_samples": 2}, {"eval_share": 0.0}, {"guidance": -1.0}, {"guidance": 2.0, "classes": 0}, {"patch": 3}, {"stages": ()},
+    {"stages": (1, 1, 1, 1, 1), "backbone": "unet"},
+    {"width": 8, "stages": (1,), "heads": 3, "backbone": "unet"}, {"warmup": -1},
 ])  # fmt: skip
 def test_wrong_configs_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 1}, {"sample_steps": -1}, {"times": 0}, {"guidance": -0.5}])
+def test_an_evaluation_keeps_its_share_of_the_arithmetic() -> None:
+    """Heun's 20 steps show an image to the network 40 times, twice as often with guidance; a step shows it a batch as if three times."""
+    config = replace(TINY, eval_samples=1000, eval_every=100, batch=100, sampler="heun", sample_steps=20, eval_share=0.2)
+    assert diffusion.affordable(config) == 75  # 0.2 of 30,000 is 2 * 75 * 40
+    assert diffusion.affordable(replace(config, sampler="euler")) == 150
+    assert diffusion.affordable(replace(config, sampler="euler", guidance=2.0)) == 75
+    assert diffusion.affordable(replace(config, eval_share=0.01)) == 50
+    assert diffusion.affordable(replace(config, eval_share=0.01, eval_samples=10)) == 10
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 1}, {"sample_steps": -1}, {"times": 0}, {"flow_steps": -1}, {"probes": -1}, {"guidance": -0.5}])
 def test_wrong_options_are_named(wrong: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         diffusion.evaluate(diffusion.build(TINY), TINY, **wrong)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from onetorch.generative import fid
+from onetorch.generative import fid, images
 from onetorch.generative.images import Images
 
 RNG = np.random.default_rng(0)
@@ -108,3 +108,15 @@ def test_worse_samples_are_further_away(cache: Path, labelled: bool) -> None:
     assert abs(same.infinity) < 5 * same.error
     assert same.fid < distances[0].fid < distances[1].fid
     assert distances[1].infinity > 20 * distances[1].error
+
+
+def test_columns_hold_the_distance_and_that_of_training_images(cache: Path) -> None:
+    train, held_out = images.parts(stripes(200), "validation")
+    network = fid.features(train)
+    direct = fid.distance(network.embed(train.pixels[:50]), network.embed(held_out.pixels))
+    alone = fid.columns(train.pixels[:50], train, held_out)
+    assert alone == {"fid": direct.fid, "fid_se": direct.error, "fid_infinity": direct.infinity}
+    beside = fid.columns(train.pixels[:50], train, held_out, torch.Generator().manual_seed(0))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:50].numpy()
+    apart = fid.distance(network.embed(train.pixels[chosen]), network.embed(held_out.pixels))
+    assert (beside["train_fid"], beside["train_fid_se"]) == (apart.fid, apart.error)

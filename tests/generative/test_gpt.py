@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from onetorch.generative import gpt
+from onetorch.generative.vocabulary import learn
 from onetorch.runs import checkpoint, folder, plan
 from onetorch.runs.errors import NonFinite, RunError, UsageError
 from onetorch.runs.run import Run
 
 TINY = gpt.Config(
     steps=8, batch=4, context=16, layers=2, heads=2, width=16, ngram_orders=(2, 3), ngram_rows=50, ngram_width=8, lr_matrix=0.03, warmup=2, rotary_base=30.0,
-    eval_every=4, eval_windows=4,
+    base_width=None, base_batch=None, eval_every=4, eval_windows=4,
 )  # fmt: skip
 PLAN = "threads=1,dtype=float32,attention=explicit"
 
@@ -171,7 +172,7 @@ def test_score_is_the_mean_over_every_byte_but_the_first() -> None:
     with torch.no_grad():
         losses = [gpt.nll(model, torch.from_numpy(text[i : i + 17].astype(np.int64))[None])[0] for i in range(0, 83, 16)]
     assert [len(x) for x in losses] == [16] * 5 + [3]
-    loss, se, count, bpb, bpb_se, size = gpt.score(model, text)
+    loss, se, count, bpb, bpb_se, size, _ = gpt.score(model, text)
     assert count == size == 83
     assert (bpb, bpb_se) == (pytest.approx(loss / math.log(2)), pytest.approx(se / math.log(2)))
     assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
@@ -257,12 +258,13 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from onetorch.generative import gpt
+from onetorch.generative.vocabulary import learn
 from onetorch.runs import checkpoint, folder, plan
 from onetorch.runs.run import Run
 
 where, data, stop, resume = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
 config = gpt.Config(data=data, steps=4, batch=4, context=16, layers=2, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=1, eval_windows=4,
-                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270)
+                    eval_samples=1, eval_seconds=0.05, ema=(0.9,), vocabulary=270, base_width=None, base_batch=None)
 run = Run(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=bfloat16,attention=explicit"), checkpoint_seconds=0, quiet=True)
 save = run.checkpoint
 def checkpoint(state):
@@ -388,6 +390,10 @@ def test_rates_are_carried_over_to_width_and_batch() -> None:
         return [g["rate"] for o in gpt.optimizers(gpt.build(config), config) for g in o.param_groups]
 
     own = rates()
+    # As it is without a word said: four times the default's batch, half its width.
+    assert rates(base_width=gpt.Config.base_width, base_batch=gpt.Config.base_batch, width=96, batch=64) == pytest.approx(
+        [2 * own[0], 2 * own[1], 2 * own[2] * 2, 2 * own[3]]
+    )
     assert rates(base_width=16, base_batch=4) == own
     assert rates(base_width=4) == pytest.approx([own[0], own[1], own[2] / 4, own[3]])
     assert rates(base_batch=1) == pytest.approx([2 * r for r in own])
@@ -467,7 +473,7 @@ def test_a_vocabulary_is_learnt_kept_and_known_anywhere(tmp_path: Path) -> None:
     vocabulary, last = model.vocabulary(), list(folder.rows(tmp_path / "run"))[-1]
     assert vocabulary is not None
     text = (tmp_path / "text.txt").read_bytes()
-    assert torch.equal(model.merges, torch.from_numpy(gpt.learn(np.frombuffer(text[: len(text) * 9 // 10], np.uint8), 270)))
+    assert torch.equal(model.merges, torch.from_numpy(learn(np.frombuffer(text[: len(text) * 9 // 10], np.uint8), 270)))
     assert last["val_bpb"] < last["val_loss"] / math.log(2)  # tokens are longer than a byte
     other = gpt.build(config)
     assert other.vocabulary() is None
@@ -501,3 +507,86 @@ def test_shards_are_trained_on_and_judged_in_nats_per_token(tmp_path: Path) -> N
             gpt.evaluate(model, replace(config, vocabulary=size))
     with pytest.raises(UsageError, match="at least 256 for a text, got 100"):
         gpt.evaluate(model, replace(config, data=text_file(tmp_path), vocabulary=100))
+
+
+def picture_file(folder: Path, count: int = 60) -> Path:
+    """Images of 2x3 pixels with two levels in which a pixel is on if the one before it is, the first of them with probability 1/2: one bit, 1/6 a dimension."""
+    on = np.random.default_rng(0).integers(0, 2, count).astype(bool)
+    np.savez(folder / "images.npz", images=np.broadcast_to(on[:, None, None], (count, 2, 3)))
+    return folder / "images.npz"
+
+
+def test_images_are_trained_on_pixel_by_pixel_and_judged_in_bits_per_dimension(tmp_path: Path) -> None:
+    config = replace(
+        TINY, data=picture_file(tmp_path), images="data", vocabulary=3, context=6, steps=120, batch=16, eval_every=60, eval_windows=100, ema=(0.9,), final="ema"
+    )
+    with start(config, tmp_path / "run") as run:
+        model = gpt.train(config, run)
+    last = list(folder.rows(tmp_path / "run"))[-1]
+    assert last["val_bpd"] == pytest.approx(1 / 6, abs=0.05)
+    assert last["val_bpd"] == pytest.approx(last["val_loss"] / math.log(2))
+    assert last["val_bpd_ema_0.9"] == last["val_bpd"]
+    assert last["tokens"] == 120 * 16 * 6
+    assert (tmp_path / "run" / "media" / "samples-00000120.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = gpt.draw(model, (1, 2, 3), 50, torch.Generator().manual_seed(0))
+    assert drawn.shape == (50, 1, 2, 3)
+    assert np.mean(drawn == drawn[:, :, :1, :1]) > 0.95
+    assert 10 < drawn[:, 0, 0, 0].sum() < 40
+    # Each pixel given those before it in its own image, and nothing else.
+    _, held_out = gpt.corpus.spell(model, gpt.corpus.read(config), config)
+    assert held_out.shape[1] == 7
+    assert (held_out[:, 0] == 2).all()
+    window = torch.from_numpy(held_out.astype(np.int64))
+    by_hand = -torch.log_softmax(model(window[:, :-1]), -1).gather(-1, window[:, 1:, None])
+    assert gpt.score(model, held_out).columns()["bpd"] == pytest.approx(by_hand.mean().item() / math.log(2), rel=1e-5)
+
+
+def test_images_that_do_not_fit_say_what_to_give(tmp_path: Path) -> None:
+    config = replace(TINY, data=picture_file(tmp_path), images="data", vocabulary=3, context=8)
+    with pytest.raises(UsageError, match=r"images\.npz: for images of 1 x 2 x 3 pixels of 2 levels give --context 6 --vocabulary 3"):
+        gpt.evaluate(gpt.build(config), config)
+    for wrong in ({"images": "data"}, {"images": "digits", "data": tmp_path}):
+        with pytest.raises(ValueError, match="images must be data"):
+            replace(TINY, **wrong)  # type: ignore[arg-type]
+
+
+def test_digits_are_evaluated_beside_plain_models(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    config = replace(TINY, images="digits", vocabulary=18, context=64)
+    results = gpt.evaluate(gpt.build(config), config, media=tmp_path, samples=20)
+    assert results["bpd"] == pytest.approx(math.log2(18))  # it knows nothing yet, not even that no image begins in the middle of one
+    assert {"bpd_se", "fid", "train_fid", "uniform_bpd", "histogram_bpd", "gaussian_bpd"} <= results.keys()
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    content, config = np.fromfile(text, np.uint8), replace(TINY, steps=3, eval_every=3)
+    found = []
+    for name, given, named in (("file", None, text), ("array", content, None)):
+        with start(replace(config, data=named), tmp_path / name) as run:
+            model = gpt.train(run.config, run, given)
+        found.append(gpt.evaluate(model, run.config, given, baselines=False))
+    assert found[0] == found[1]
+    tokens_of = (content.astype(np.uint16) * 3)[:4000]
+    with start(replace(config, vocabulary=768), tmp_path / "tokens") as run:
+        assert "loss" in gpt.evaluate(gpt.train(run.config, run, tokens_of), run.config, tokens_of)
+    with np.load(picture_file(tmp_path)) as file:
+        pictures = gpt.images.Images(file["images"].astype(np.uint8)[:, None].copy(), 2)
+    with start(replace(config, vocabulary=3, context=6), tmp_path / "images") as run:
+        assert {"bpd", "fid"} <= gpt.evaluate(gpt.train(run.config, run, pictures), run.config, pictures, samples=20).keys()
+    assert "val_bpd" in list(folder.rows(tmp_path / "images"))[-1]
+    with pytest.raises(ValueError, match=r"got an array of float64 \(3,\)"):
+        gpt.corpus.read(config, np.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="data given: the largest token is"):
+        gpt.corpus.read(replace(config, vocabulary=257), tokens_of)
+
+
+@pytest.mark.slow
+def test_compiled_the_losses_are_the_same(tmp_path: Path) -> None:
+    text, found = text_file(tmp_path), []
+    for compiled in (False, True):
+        with start(replace(TINY, data=text, compile=compiled), tmp_path / str(compiled)) as run:
+            gpt.train(run.config, run)
+        found.append([row["loss"] for row in folder.rows(tmp_path / str(compiled))])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

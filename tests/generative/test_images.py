@@ -227,6 +227,15 @@ def test_a_config_of_other_images_is_told_the_flags() -> None:
         images.check(some(levels=17), (1, 8, 8), 17, 10)
 
 
+def test_load_is_read_check_and_parts(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.arange(50 * 16, dtype=np.uint8).reshape(50, 4, 4) % 5, labels=np.arange(50) % 2, levels=5)
+    train, held_out = images.load(tmp_path / "a.npz", "digits", (1, 4, 4), 5, 2, "tuning")
+    for part, expected in zip((train, held_out), images.parts(images.read(tmp_path / "a.npz"), "tuning"), strict=True):
+        assert (part.pixels == expected.pixels).all()
+    with pytest.raises(UsageError, match="--levels 5"):
+        images.load(tmp_path / "a.npz", "digits", (1, 4, 4), 256, 2, "tuning")
+
+
 @pytest.mark.parametrize("wrong", [
     {"pixels": np.zeros((2, 4, 4), np.uint8)}, {"pixels": np.zeros((2, 1, 4, 4))}, {"labels": np.zeros(3, np.int64)}, {"levels": 1}, {"levels": 4},
     {"labels": np.array([0, 5])}, {"groups": np.zeros(2, np.int32)},

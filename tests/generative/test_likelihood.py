@@ -45,6 +45,9 @@ def test_baselines_on_digits_lie_below_uniform() -> None:
     train, held_out = images.parts(images.digits(), "validation")
     histogram, error = likelihood.mean_and_error(likelihood.histogram(train, held_out))
     gaussian, _ = likelihood.mean_and_error(likelihood.pca_gaussian(train, held_out)[0])
+    found = likelihood.baselines(train, held_out)
+    assert (found["histogram_bpd"], found["histogram_bpd_se"], found["gaussian_bpd"]) == (histogram, error, gaussian)
+    assert found["uniform_bpd"] == math.log2(17)
     assert 0 < error < 0.05
     assert histogram < likelihood.uniform(17)
     assert gaussian < likelihood.uniform(17)

@@ -50,6 +50,7 @@ def test_gradients_flow_only_where_they_should() -> None:
     model, sample = state.model, state.replay.sample(16, state.rng)
     y = ddpg.bellman_target(config, state, sample)
     assert not y.requires_grad
+    model.pi.flat.grad = None
     ddpg.critic_loss(model, sample, y).backward()
     assert model.q.flat.grad is not None
     assert (model.q.flat.grad != 0).float().mean() > 0.3

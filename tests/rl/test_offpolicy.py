@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from offpolicy_runs import small, timeless, train
@@ -160,5 +161,21 @@ def test_episodes_are_evaluated_without_training_state() -> None:
         results = [algorithm.evaluate(model, config, episodes=3) for _ in range(2)]
         assert results[0] == results[1]
         assert results[0]["episode_length"] == 200
-    drawn = [sac.evaluate(model, config, episodes=3, deterministic=False) for config in [small(sac.Config)] for model in [sac.build(config)] for _ in range(2)]
-    assert drawn[0]["episodes"] == 3
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_likeliest_and_drawn_actions_are_both_evaluated(algorithm: ModuleType) -> None:
+    """One step that pays 1 - 2 (a - 0.5)^2, and a policy whose best action is 0.5: noise of variance v costs 2 v."""
+    config = small(algorithm.Config, env="Target-v0", **({} if algorithm is sac else {"act_noise": 0.2}))
+    model = algorithm.build(config)
+    with torch.no_grad():
+        model.pi.flat.zero_()
+        for part, value in zip(model.pi.state_dict()["2.bias"].split(1), (math.atanh(0.5), math.log(0.2)), strict=False):  # of SAC the mean and log_std of u
+            part.fill_(value)
+    before = torch.get_rng_state()
+    result = algorithm.evaluate(model, config, episodes=2000)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert result["return"] == pytest.approx(1.0, abs=1e-3)
+    noise = np.random.default_rng(0).normal(size=100_000) * 0.2
+    drawn = np.tanh(math.atanh(0.5) + noise) if algorithm is sac else np.clip(0.5 + noise, -1, 1)
+    assert result["stochastic_return"] == pytest.approx(float(1 - 2 * ((drawn - 0.5) ** 2).mean()), abs=0.012)

@@ -58,6 +58,10 @@ def train(config, run):
 
 
 def evaluate(model: torch.nn.Module, config: Config, *, media: torch.Path = None, episodes: int = 20, best: bool = False) -> dict[str, torch.Tensor]:
+    """What it earns.
+
+    best: of the best checkpoint.
+    """
     raise RuntimeError
 '''
 
@@ -79,6 +83,7 @@ def test_config_is_read_without_running_the_file(tmp_path: Path) -> None:
     assert found.docs["where"] == "ünïcode"
     assert found.docs["kind"] == ""
     assert found.options == {"episodes": (int, 20), "best": (bool, False)}
+    assert found.evaluates == "What it earns.\n\nbest: of the best checkpoint."
     assert "a_module_that_is_nowhere" not in sys.modules
 
 

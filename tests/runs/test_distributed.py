@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from onetorch.runs import folder
+from onetorch import cli
+from onetorch.runs import checkpoint, distributed, folder
 
 PATIENCE = 300  # seconds that a process may take on a busy machine
 SCRIPT = """
@@ -21,13 +23,15 @@ from pathlib import Path
 from onetorch.generative import gpt
 from onetorch.runs import distributed, follower, plan, run
 
-place, where, text, stop, resume = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "resume"
+place, where, text, stop, how, shard, optimizer = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
 if place != "alone":
-    distributed.join(place)
+    distributed.join(place, shard == "shard")
 config = gpt.Config(data=text, steps=6, batch=4, context=16, layers=1, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=3, eval_windows=4,
-                    eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0)
+                    base_width=None, base_batch=None, eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0, optimizer=optimizer,
+                    lr_matrix=0.04 if optimizer == "muon" else 0.003)
 kind = follower.Follower if distributed.rank() else run.Run
-own = kind(where, config, resume=resume, fixed=plan.parse("threads=1,dtype=float32,attention=explicit"), checkpoint_seconds=0, quiet=True)
+own = kind(where, config, resume=how == "resume", fixed=plan.parse("threads=1,dtype=float32,attention=explicit"), checkpoint_seconds=0, quiet=True)
+run.CHECKPOINT_SHARE = 1e9  # every step is saved
 class Told(Exception): pass
 save = own.checkpoint
 def checkpoint(state):
@@ -37,7 +41,9 @@ def checkpoint(state):
 own.checkpoint = checkpoint
 try:
     with own:
-        gpt.train(config, own)
+        model = gpt.train(config, own)
+        if distributed.rank() == 0:  # alone: what training gives back can be used without the others
+            assert gpt.score(model, gpt.data.read(text)[-500:]).loss < 5.3
 except Told:
     pass
 distributed.leave()
@@ -50,11 +56,11 @@ def text_file(where: Path) -> Path:
     return where / "text.txt"
 
 
-def work(count: int, tmp_path: Path, name: str, stop: int = 0, how: str = "new") -> None:
-    store = tmp_path / f"store-{name}-{how}"
+def work(count: int, tmp_path: Path, name: str, stop: int = 0, how: str = "new", shard: bool = False, optimizer: str = "muon") -> None:
+    store = tmp_path / f"store-{name}-{how}-{stop}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     places = [f"{i},{count},{store}" for i in range(count)] if count > 1 else ["alone"]
-    words = [str(tmp_path / name), str(tmp_path / "text.txt"), str(stop), how]
+    words = [str(tmp_path / name), str(tmp_path / "text.txt"), str(stop), how, "shard" if shard else "all", optimizer]
     processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", SCRIPT, place, *words], env=environment) for place in places]
     assert [p.wait(PATIENCE) for p in processes] == [0] * count
 
@@ -63,22 +69,27 @@ def rows(where: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in folder.TIMES} for row in folder.rows(where)]
 
 
-def test_one_process_two_and_there_and_back_give_the_same_losses(tmp_path: Path) -> None:
+def shapes(saved: checkpoint.Checkpoint) -> list[dict[str, torch.Size]]:
+    return [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (saved.model, saved.state)]
+
+
+@pytest.mark.parametrize(("optimizer", "chain"), [
+    ("muon", [(1, False), (2, False), (1, False)]),
+    ("adamw", [(2, False), (2, True), (1, False)]),
+])  # fmt: skip
+def test_a_run_goes_on_with_other_processes_and_the_same_losses(optimizer: str, chain: list[tuple[int, bool]], tmp_path: Path) -> None:
+    """Two steps by each of (processes, sharded) are six steps of one process."""
     text_file(tmp_path)
-    work(1, tmp_path, "one")
-    work(2, tmp_path, "two")
-    work(1, tmp_path, "up", stop=3)
-    work(2, tmp_path, "up", how="resume")
-    work(2, tmp_path, "down", stop=3)
-    work(1, tmp_path, "down", how="resume")
-    one = rows(tmp_path / "one")
-    assert [r["step"] for r in one] == [1, 2, 3, 4, 5, 6]
-    for name in ("two", "up", "down"):
-        for mine, theirs in zip(one, rows(tmp_path / name), strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(theirs[k] == pytest.approx(mine[k], rel=1e-5, abs=1e-5) for k in mine), (name, mine, theirs)
-    assert len(list((tmp_path / "two" / "checkpoints").iterdir())) > 0
-    assert (tmp_path / "two" / "media" / "samples-00000006.txt").exists()
+    work(1, tmp_path, "one", optimizer=optimizer)
+    for i, (count, shard) in enumerate(chain, 1):
+        work(count, tmp_path, "chain", stop=2 * i, how="new" if i == 1 else "resume", shard=shard, optimizer=optimizer)
+        saved = checkpoint.load(tmp_path / "chain" / "checkpoints" / f"{2 * i:08}")
+        assert shapes(saved) == shapes(checkpoint.load(tmp_path / "one" / "checkpoints" / "00000006"))  # nothing is sharded on disk
+    one, found = rows(tmp_path / "one"), rows(tmp_path / "chain")
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(one, found, strict=True):
+        assert theirs == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in mine.items()}
+    assert (tmp_path / "chain" / "media" / "samples-00000003.txt").exists()
 
 
 def onetorch(*words: object) -> subprocess.Popen[str]:
@@ -87,6 +98,7 @@ def onetorch(*words: object) -> subprocess.Popen[str]:
 
 
 TINY = ["--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16, "--ngram_rows", 50, "--ngram_width", 8, "--eval_windows", 2]
+TINY += ["--base_width", "none", "--base_batch", "none"]
 TINY += ["--plan", "threads=1,dtype=float32,attention=explicit"]
 
 
@@ -108,14 +120,62 @@ def test_a_signal_to_the_command_stops_all_of_them_after_saving(tmp_path: Path) 
     assert record["progress"]["done"] == rows(where)[-1]["step"]
 
 
+def test_under_torchrun_and_sharded_the_losses_are_those_of_one_process(tmp_path: Path) -> None:
+    words = ["train", "gpt", "--data", text_file(tmp_path), "--steps", 4, *TINY, "--optimizer", "adamw", "--lr_matrix", 0.003, "--dir"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+    starter = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "-m", "onetorch", *words]
+    two = subprocess.Popen([sys.executable, *map(str, starter), tmp_path / "two", "--shard"], env=environment, stderr=subprocess.PIPE, text=True)
+    one = onetorch(*words, tmp_path / "one")
+    _, said = one.communicate(timeout=PATIENCE)
+    assert one.returncode == 0, said
+    _, said = two.communicate(timeout=PATIENCE)
+    assert two.returncode == 0, said
+    found = [rows(tmp_path / name) for name in ("one", "two")]
+    assert [r["step"] for r in found[0]] == [1, 2, 3, 4]
+    for mine, theirs in zip(*found, strict=True):
+        assert theirs == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in mine.items()}
+    record = json.loads((tmp_path / "two" / "run.json").read_bytes())
+    assert record["command"].endswith("--nproc 2 --shard")
+    assert record["result"]["bpb"] == pytest.approx(json.loads((tmp_path / "one" / "run.json").read_bytes())["result"]["bpb"], rel=1e-5)
+
+
 def test_what_cannot_be_shared_out_is_one_line(tmp_path: Path) -> None:
     uneven = onetorch("train", "gpt", "--data", text_file(tmp_path), "--nproc", 2, "--dir", tmp_path / "a", *TINY, "--steps", 3, "--batch_stages", "[0.75]")
-    alone = onetorch("train", "ppo", "--nproc", 2, "--dir", tmp_path / "b", "--total_steps", 4096)
     _, said = uneven.communicate(timeout=PATIENCE)
     assert uneven.returncode == 2
     assert said.strip().splitlines()[-1] == "onetorch: a batch of 3 cannot be shared out evenly among 2 processes: choose --batch or --nproc so that it can"
-    _, said = alone.communicate(timeout=PATIENCE)
-    assert alone.returncode == 2
-    assert said.strip().splitlines()[-1] == "onetorch: --nproc: ppo trains in one process; it does not share out its batches"
-    wrong = onetorch("train", "gpt", "--nproc", "two")
-    assert wrong.communicate(timeout=PATIENCE)[1] == "onetorch: --nproc: expected a number of processes, got 'two'\n"
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["train", "ppo", "--nproc", "2"], "--nproc: ppo trains in one process; it does not share out its batches"),
+    (["train", "gpt", "--nproc", "two"], "--nproc: expected a number of processes, got 'two'"),
+    (["train", "gpt", "--shard"], "--shard is for several processes: give --nproc too"),
+    (["train", "gpt", "--nproc", "2", "--seed", "1", "2"], "--nproc is for one run; the trials of a sweep have a process each (--slots says how many at a "
+     "time)"),
+])  # fmt: skip
+def test_several_processes_are_refused_before_any_work(words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = "import sys; from onetorch import cli; code = cli.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"onetorch: {says}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_under_torchrun_what_cannot_work_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun tells the processes that it starts
+    for words, says in (
+        (["train", "gpt"], "under torchrun every process must be told the same folder: give --dir"),
+        (["train", "gpt", "--nproc", "2"], "--nproc: torchrun has started the processes already; its --nproc-per-node says how many"),
+        (["train", "ppo", "--dir", "a"], "--nproc: ppo trains in one process; it does not share out its batches"),
+    ):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err == f"onetorch: {says}\n"
+
+
+def test_in_one_process_nothing_is_wrapped_or_gathered() -> None:
+    layer = torch.nn.Linear(2, 3)
+    assert distributed.wrap(layer, [layer]) is layer
+    assert distributed.unwrap(layer, lambda: torch.nn.Linear(1, 1)) is layer
+    with distributed.whole(layer):
+        assert all(torch.equal(a, b) for a, b in zip(distributed.state_dict(layer).values(), layer.state_dict().values(), strict=True))

@@ -48,6 +48,18 @@ def test_the_budget_holds() -> None:
     assert time.perf_counter() - begin < 1.5
 
 
+def test_no_work_begins_that_does_not_fit_the_budget() -> None:
+    """Units of 0.3 s: the first pair takes the budget of 0.5, and the second candidate is not even prepared. A slow one is asked once, not again and again."""
+    calls: list[Any] = []
+    begin = time.perf_counter()
+    assert plan.choose(sleeper({"a": 0.3, "b": 0.2, "c": 0.01}, calls), {"way": ("a", "b", "c")}, 0.5)[0] == {"way": "b"}
+    assert time.perf_counter() - begin < 1.0
+    assert [call["way"] for call in calls] == ["a", "b"]
+    begin = time.perf_counter()
+    assert plan.choose(sleeper({"a": 0.01, "b": 0.4}), {"way": ("a", "b")}, 0.5)[0] == {"way": "a"}
+    assert time.perf_counter() - begin < 0.8
+
+
 def test_nothing_to_choose_costs_nothing() -> None:
     assert plan.choose(sleeper({}), {"way": ("only",)}) == ({"way": "only"}, 0.0)
     assert plan.choose(None, {"way": ("a", "b")}) == ({"way": "a"}, 0.0)

@@ -97,6 +97,25 @@ def test_eval_of_another_checkpoint_is_not_its_result(run: Path, tmp_path: Path,
     assert "by the run, at its end" in (tmp_path / "two" / "README.md").read_text()
 
 
+def test_a_model_folder_is_evaluated_and_stays_as_it_is(run: Path, model: Path, tmp_path: Path, onetorch) -> None:
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    code, _, err = onetorch("eval", model, "--rows", 8)
+    assert code == 2
+    assert "--trust-code" in err  # its source is not onetorch's
+    for where in (model, model.as_uri()):
+        code, out, err = onetorch("eval", where, "--rows", 8, "--trust-code")
+        assert code == 0, err
+        assert "written to eval-model/eval.json" in out
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+    assert onetorch("eval", run, "--rows", 8, "--out", "elsewhere")[0] == 0
+    found = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("eval-model", "elsewhere")]
+    assert found[0]["results"] == found[1]["results"]
+    assert found[0]["of"] == model.as_uri()
+    assert not (run / "eval.json").exists()
+    code, _, err = onetorch("eval", model, "--trust-code", "--row", 8)
+    assert (code, "has no option --row (did you mean 'rows'?)" in err) == (2, True)
+
+
 def test_share_asks_before_it_writes(run: Path, tmp_path: Path, onetorch) -> None:
     code, out, err = onetorch("share", run, "asked")
     assert code == 2

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -63,18 +64,66 @@ template <int R, int NV, bool ACROSS, bool BF> inline void tile(int64_t K, const
   }
 }
 
+typedef Unit vm __attribute__((vector_size(VW * 4)));  // units that are moved about
+template <int... I> using Lanes = std::integer_sequence<int, I...>;
+
+template <int... I> inline vm pick(vm a, vm b) {  // lane l is lane I_l of a and b one after the other
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, vm{I...});
+#endif
+}
+
+// A square of units, transposed in registers in log2(VW) rounds: rows that stand APART exchange blocks of so many columns.
+template <int APART, int... I> inline void transpose(vm (&row)[VW], Lanes<I...> lanes) {
+  UNROLL for (int i = 0; i < VW; i++) {
+    if (i & APART) continue;
+    const vm a = row[i], b = row[i + APART];
+    row[i] = pick<(I & APART ? VW + I - APART : I)...>(a, b);
+    row[i + APART] = pick<(I & APART ? VW + I : I + APART)...>(a, b);
+  }
+  if constexpr (APART > 1) transpose<APART / 2>(row, lanes);
+}
+
+// VW units that stand together along k, from src on: numbers as they are, or twice as many rounded to pairs of bfloat16.
+template <bool BF, int... I> inline vm units_at(const float* src, Lanes<I...>) {
+  vm low, high;
+  std::memcpy(&low, src, sizeof(vm));
+  if constexpr (BF) {
+    std::memcpy(&high, src + VW, sizeof(vm));
+    low = (low + 0x7fffu + ((low >> 16) & 1)) >> 16, high = (high + 0x7fffu + ((high >> 16) & 1)) >> 16;
+    return pick<2 * I...>(low, high) | pick<2 * I + 1 ...>(low, high) << 16;
+  }
+  return low;
+}
+
 // B(k, n) is src[k * sk + n * sn], one of the strides 1. Columns beyond N and the odd k beyond K are zero.
 template <bool BF> void pack(float* dst, const float* src, int64_t K, int64_t N, int width, int64_t sk, int64_t sn) {
-  const int64_t units = BF ? (K + 1) / 2 : K;
+  constexpr int64_t EACH = BF ? 2 : 1;  // numbers of a unit
+  const int64_t units = (K + EACH - 1) / EACH;
   if (N < width) std::fill(dst, dst + units * width, 0.0f);
-  for (int64_t u = 0; u < units; u++, dst += width, src += (BF ? 2 : 1) * sk) {
+  int64_t squares = 0, wide = 0;  // units and columns that are packed square by square: where k is contiguous, one column after the other is read in vectors
+  if (sn != 1) {
+    squares = K / EACH / VW * VW, wide = N / VW * VW;
+    const auto lanes = std::make_integer_sequence<int, VW>{};
+    for (int64_t n = 0; n < wide; n += VW)
+      for (int64_t u = 0; u < squares; u += VW) {
+        vm row[VW];
+        UNROLL for (int i = 0; i < VW; i++) row[i] = units_at<BF>(src + (n + i) * sn + u * EACH, lanes);
+        transpose<VW / 2>(row, lanes);
+        UNROLL for (int i = 0; i < VW; i++) std::memcpy(dst + (u + i) * width + n, &row[i], sizeof(vm));
+      }
+  }
+  for (int64_t u = 0; u < units; u++, dst += width, src += EACH * sk) {
+    const int64_t first = u < squares ? wide : 0;
     auto line = [&](auto one) {  // the compiler makes vectors of this where the stride is 1
       const int64_t stride = one ? 1 : sn;
       if constexpr (BF) {
-        if (2 * u + 1 < K) { for (int64_t n = 0; n < N; n++) dst[n] = as_float(pair(src[n * stride], src[sk + n * stride])); }
-        else { for (int64_t n = 0; n < N; n++) dst[n] = as_float(pair(src[n * stride], 0.0f)); }
+        if (2 * u + 1 < K) { for (int64_t n = first; n < N; n++) dst[n] = as_float(pair(src[n * stride], src[sk + n * stride])); }
+        else { for (int64_t n = first; n < N; n++) dst[n] = as_float(pair(src[n * stride], 0.0f)); }
       } else {
-        for (int64_t n = 0; n < N; n++) dst[n] = src[n * stride];
+        for (int64_t n = first; n < N; n++) dst[n] = src[n * stride];
       }
     };
     if (sn == 1) line(std::true_type{}); else line(std::false_type{});

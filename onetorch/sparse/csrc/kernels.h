@@ -190,6 +190,7 @@ template <class T, class E, int P, int width> void pack_panel(E* dst, const T* s
       if (n_stride % P == 0 && units % 8 == 0) {
         const uint32_t* s = reinterpret_cast<const uint32_t*>(src);
         for (int64_t k = 0; k < units; ) {
+          for (int n = 0; n < width; n++) __builtin_prefetch(s + n * (n_stride / P) + k + 16);  // rows often lie a page apart, where the machine does not look ahead
           if (kVectorBytes == 64 && width % 16 == 0 && k + 16 <= units) {
             for (int n = 0; n < width; n += 16) transpose_words<16>(reinterpret_cast<uint32_t*>(dst) + k * width + n, width, s + n * (n_stride / P) + k, n_stride / P);
             k += 16;
@@ -272,6 +273,20 @@ template <class Acc, class T, int VW> inline void emit(T* dst, vec<Acc, VW> v, i
   if (valid >= VW) { UNROLL for (int e = 0; e < VW; e++) narrow(x[e], dst[e]); }
   else for (int e = 0; e < valid; e++) narrow(x[e], dst[e]);
 }
+
+// Whole lines that go past the caches: a result larger than the second-level cache is written without its old lines being fetched first. After the last of
+// them a thread says `stream_end`, so that whoever waits for it sees them.
+#if defined(__AVX512F__)
+template <class T> bool streams(const T* y, int64_t size, int64_t row, int64_t columns) {
+  return size * int64_t(sizeof(T)) > 1 << 20 && reinterpret_cast<uintptr_t>(y) % 64 == 0 && row * sizeof(T) % 64 == 0 && columns * sizeof(T) % 64 == 0;
+}
+inline void stream_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from)); }
+inline void stream_end() { _mm_sfence(); }
+#else
+template <class T> bool streams(const T*, int64_t, int64_t, int64_t) { return false; }
+inline void stream_line(void* to, const void* from) { std::memcpy(to, from, 64); }
+inline void stream_end() {}
+#endif
 
 template <class T, class F> void widths(int64_t bn, F f) {  // the widest panel that divides the block
   constexpr int full = kVectorBytes / int(sizeof(typename Mode<T>::Acc));

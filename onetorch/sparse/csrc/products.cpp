@@ -179,59 +179,139 @@ inline void lines_of_column(int64_t n, const T* w, const int32_t* rows, const in
   }
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+inline vec<uint32_t, 16> as_pairs(vec<float, 16> low, vec<float, 16> high) {  // two neighbouring outputs of each lane's token, as bf16 in one word
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vec<uint32_t, 16>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
+// The sums of a group of tokens, which stand across the lanes (line, NV, VW), to Y, a token a row. What a row gets is written as whole cache lines: rows are often 4096
+// bytes apart, one set of the first-level cache, and a line written in two halves would be fetched twice.
+template <class T, int VW, int NV>
+inline void write_tokens(const typename Mode<T>::Acc* sums, int64_t bn, const T* bias, T* y, int64_t N, int64_t left, bool past_cache) {
+  using Acc = typename Mode<T>::Acc;
+  constexpr int64_t P = sizeof(Acc) / sizeof(T);  // elements of Y in a word
+  for (int64_t j = 0; j < NV && j * VW < left; j++)
+    for (int64_t line = 0; line < bn; line += VW * P) {
+      auto sum = [&](int64_t i) {
+        const vec<Acc, VW> v = load<vec<Acc, VW>>(sums + ((line + i) * NV + j) * VW);
+        return bias ? v + widen(bias[line + i]) : v;
+      };
+      const int64_t words = std::min<int64_t>(VW, (bn - line) / P), tokens = std::min<int64_t>(VW, left - j * VW);
+      alignas(64) uint32_t tile[VW * VW];
+      for (int64_t i = 0; i < words; i++) {
+        vec<uint32_t, VW> word;
+        if constexpr (P == 2) word = as_pairs(sum(2 * i), sum(2 * i + 1));
+        else word = (vec<uint32_t, VW>)sum(i);
+        std::memcpy(tile + i * VW, &word, sizeof(word));
+      }
+      T* to = y + j * VW * N + line;
+      if (words == VW && tokens == VW) {
+        if (past_cache) {
+          transpose_words<VW>(tile, VW, tile, VW);
+          for (int64_t t = 0; t < VW; t++) stream_line(to + t * N, tile + t * VW);
+        } else transpose_words<VW>(reinterpret_cast<uint32_t*>(to), N / P, tile, VW);
+        continue;
+      }
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < words; i++) std::memcpy(to + t * N + i * P, tile + i * VW + t, 4);
+    }
+}
+
+// A block (rows, columns) as (columns, rows): the values of a product that is not transposed, as `many` reads them.
+template <class T> inline void turn_block(T* to, const T* from, int64_t rows, int64_t columns) {
+  constexpr int W = kVectorBytes / 4;
+  if constexpr (sizeof(T) == 4) {
+    if (rows % W == 0 && columns % W == 0) {
+      for (int64_t r = 0; r < rows; r += W)
+        for (int64_t c = 0; c < columns; c += W) transpose_words<W>(reinterpret_cast<uint32_t*>(to + c * rows + r), rows, reinterpret_cast<const uint32_t*>(from + r * columns + c), columns);
+      return;
+    }
+  }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  if constexpr (std::is_same<T, bf16>::value) {
+    if (rows % 16 == 0 && columns % 32 == 0) {  // words hold two columns of a row: turned as such, then parted
+      const __m512i part = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+      for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t c = 0; c < columns; c += 32) {
+          alignas(64) uint32_t words[256];
+          transpose_words<16>(words, 16, reinterpret_cast<const uint32_t*>(from + r * columns + c), columns / 2);
+          for (int64_t i = 0; i < 16; i++) {
+            const __m512i two = _mm512_permutexvar_epi16(part, _mm512_load_si512(words + 16 * i));
+            T* line = to + (c + 2 * i) * rows + r;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line), _mm512_castsi512_si256(two));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + rows), _mm512_extracti64x4_epi64(two, 1));
+          }
+        }
+      return;
+    }
+  }
+#endif
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < columns; c++) to[c * rows + r] = from[r * columns + c];
+}
+
 template <class T, int VW, int ROWS>
 void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
   constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
   Buffer<int32_t> place(side.R);
-  const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, groups = (M + TOKENS - 1) / TOKENS;
-  int64_t panels = (groups - 1) / std::max<int64_t>(1, kPanel / int64_t(depth * TOKENS * sizeof(E))) + 1, splits = 1;
+  const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, vectors = (M + VW - 1) / VW;
+  int64_t panels = (vectors - 1) / std::max<int64_t>(NV, kPanel / int64_t(depth * VW * sizeof(E))) + 1, splits = 1;
   if (panels < threads) splits = std::min(side.C, 2 * threads / panels);
-  else while (panels % threads && panels < groups) panels++;
-  const int64_t most = (groups + panels - 1) / panels, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
+  else while (panels % threads && panels < vectors) panels++;
+  const int64_t unit = threads == 1 || panels >= 2 * threads ? NV : 1, units = (vectors + unit - 1) / unit;  // panels of whole groups, unless threads would then get unequal ones
+  panels = std::min(panels, units);
+  const int64_t most = ((units + panels - 1) / panels * unit + NV - 1) / NV, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
+  const bool past_cache = streams(y, M * N, N, bn);
+  const int64_t kept = side.offsets[side.C];
   Buffer<E> X(threads * most * depth * TOKENS);
   Buffer<Acc> S(threads * most * bn * TOKENS);
+  Buffer<T> turned(side.order ? kept * bk * bn : 1);
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
     E* packed = X.data + thread_index() * most * depth * TOKENS;
     Acc* sums = S.data + thread_index() * most * bn * TOKENS;
+    if (side.order) {
+      PRAGMA(omp for schedule(static))
+      for (int64_t t = 0; t < kept; t++) {
+        const char *next = reinterpret_cast<const char*>(w + side.order[std::min(t + 1, kept - 1)] * bk * bn);  // which may be far from this one
+        for (int64_t e = 0; e < bk * bn * int64_t(sizeof(T)); e += 64) __builtin_prefetch(next + e);
+        turn_block(turned.data + t * bk * bn, w + side.order[t] * bk * bn, bk, bn);
+      }
+    }
+    const T* values = side.order ? turned.data : w;
     PRAGMA(omp for schedule(dynamic, 1))
     for (int64_t q = 0; q < panels * splits; q++) {
-      const int64_t panel = q / splits, split = q % splits, begin = panel * groups / panels, end = (panel + 1) * groups / panels;
-      auto width = [&](int64_t g, auto f) {  // vectors of this group; the last may have fewer
-        const int64_t left = M - g * TOKENS;
-        if (left > 2 * VW) f(std::integral_constant<int, 3>{});
-        else if (left > VW) f(std::integral_constant<int, 2>{});
-        else f(std::integral_constant<int, 1>{});
+      const int64_t panel = q / splits, split = q % splits, begin = panel * units / panels * unit, count = std::min(vectors, (panel + 1) * units / panels * unit) - begin, groups = (count + NV - 1) / NV;
+      auto group = [&](int64_t g, auto f) {  // f(number of vectors, first token)
+        const int64_t from = g * NV, n = std::min(NV, count - from), token = (begin + from) * VW;
+        if (n == 3) f(std::integral_constant<int, 3>{}, token);
+        else if (n == 2) f(std::integral_constant<int, 2>{}, token);
+        else f(std::integral_constant<int, 1>{}, token);
       };
-      for (int64_t g = begin; g < end; g++)
-        width(g, [&](auto nv) {
+      for (int64_t g = 0; g < groups; g++)
+        group(g, [&](auto nv, int64_t token) {
           for (int64_t r = 0; r < side.R; r++)
             if (place.data[r] >= 0)
-              pack_panel<T, E, P, VW * nv()>(packed + (g - begin) * depth * TOKENS + place.data[r] * bk * VW * nv(), x + g * TOKENS * xm + r * bk * xk, bk, bk, M - g * TOKENS, xk, xm);
+              pack_panel<T, E, P, VW * nv()>(packed + g * depth * TOKENS + place.data[r] * bk * VW * nv(), x + token * xm + r * bk * xk, bk, bk, M - token, xk, xm);
         });
       for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
         const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
         for (int64_t t = 0; t == 0 || t < n; t += slice)
-          for (int64_t g = begin; g < end; g++)
-            width(g, [&](auto nv) {
-              lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), w + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
-                                                 packed + (g - begin) * depth * TOKENS, sums + (g - begin) * bn * TOKENS, t == 0);
+          for (int64_t g = 0; g < groups; g++)
+            group(g, [&](auto nv, int64_t) {
+              lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), values + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
+                                                 packed + g * depth * TOKENS, sums + g * bn * TOKENS, t == 0);
             });
-        for (int64_t g = begin; g < end; g++)
-          width(g, [&](auto nv) {
-            for (int64_t j = 0; j < nv(); j++)
-              for (int64_t line = 0; line < bn; line += VW) {
-                Acc tile[VW * VW];  // a token a row
-                transpose_words<VW>(reinterpret_cast<uint32_t*>(tile), VW, reinterpret_cast<const uint32_t*>(sums + (g - begin) * bn * TOKENS + (line * nv() + j) * VW), VW * nv());
-                const int64_t token = g * TOKENS + j * VW, n0 = c * bn + line;
-                vec<Acc, VW> b{};
-                if (bias) { UNROLL for (int e = 0; e < VW; e++) b[e] = widen(bias[n0 + e]); }
-                for (int64_t i = 0; i < std::min<int64_t>(VW, M - token); i++) emit<Acc, T, VW>(y + (token + i) * N + n0, load<vec<Acc, VW>>(tile + i * VW) + b, VW);
-              }
+        for (int64_t g = 0; g < groups; g++)
+          group(g, [&](auto nv, int64_t token) {
+            write_tokens<T, VW, nv()>(sums + g * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + token * N + c * bn, N, M - token, past_cache);
           });
       }
     }
+    stream_end();
   }
 }
 
@@ -324,6 +404,30 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
 template <class T, class E, int P, int WIDTH>
 void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t columns, int64_t block, int64_t k_stride, int64_t n_stride) {
   constexpr int64_t kTokens = 16;
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  if constexpr (P == 2 && std::is_same<T, E>::value) {
+    if (n_stride == 1 && columns >= block && block % 32 == 0 && depth == padded) {  // pairs of tokens from two rows at a time
+      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+      constexpr int part = std::min(WIDTH, 16);
+      for (int64_t k = 0; k < depth; k += 2)
+        for (int64_t n = 0; n < block; n += 32) {
+          const T* from = src + k * k_stride + n;
+          __builtin_prefetch(from + kTokens * k_stride);  // rows often lie a page apart, where the machine does not look ahead
+          __builtin_prefetch(from + (kTokens + 1) * k_stride);
+          const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + k_stride);
+          alignas(64) uint32_t pairs[32];
+          _mm512_store_si512(pairs, _mm512_permutex2var_epi16(first, low, second));
+          _mm512_store_si512(pairs + 16, _mm512_permutex2var_epi16(first, high, second));
+          UNROLL for (int e = 0; e < 32; e += part) {
+            const vec<uint32_t, part> words = load<vec<uint32_t, part>>(pairs + e);
+            std::memcpy(dst + (n + e) / WIDTH * WIDTH * padded + k * WIDTH + (n + e) % WIDTH * 2, &words, sizeof(words));
+          }
+        }
+      return;
+    }
+  }
+#endif
   for (int64_t k = 0; k < padded; k += kTokens)
     for (int64_t n = 0; n < block; n += WIDTH)
       pack_panel<T, E, P, WIDTH>(dst + (n * padded + k * WIDTH), src + k * k_stride + n * n_stride, depth - k, std::min(kTokens, padded - k), columns - n, k_stride, n_stride);
@@ -360,7 +464,6 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
     for (int64_t q = 0; q < blocks; q++) {
       const int64_t p = q % kept, h = rows[p] / R, r = rows[p] % R, c = columns[p] % C;
       T* o = out + q * block_m * block_n;
-      std::fill(sums, sums + block_m * block_n, Acc(0));
       for (int64_t g = q / kept; g < q / kept + sums_of; g++) {
         const int64_t row = g * H * R + rows[p], column = (g * H + h) * C + c;
         E *left = A.data + (share_a ? row : thread_index()) * a_size, *right = B.data + (share_b ? column : thread_index()) * b_size;
@@ -374,7 +477,7 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
             for (int64_t m = 0; m < block_m; m += ROWS) {
               const U* ap = reinterpret_cast<const U*>(left + m * padded + k * ROWS);
               Acc* s = sums + m * block_n + n;
-              micro<U, Acc, VW, ROWS, NV, 1>(1, units, s, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
+              micro<U, Acc, VW, ROWS, NV, 1>(1, units, k > 0 || g > q / kept ? s : nullptr, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
                                              [&](int i, int j, vec<Acc, VW> v) { std::memcpy(s + i * block_n + j * VW, &v, sizeof(v)); });
             }
           }
@@ -399,8 +502,9 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
                    static_cast<const T*>(bias), static_cast<T*>(y), N, threads)) return;
     if constexpr (std::is_same<T, typename Mode<T>::E>::value && sizeof(T) <= 4) {
       constexpr int full = kVectorBytes / 4;
-      if (xsize[0] == 1 && xsize[1] == 1 && xsize[2] > 64 && wk == 1 && !order && xsize[3] == R * bk && N == C * bn && bn % full == 0) {
-        many<T, full, kVectorBytes == 64 ? 8 : 4>(static_cast<const T*>(x), xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, Side{offsets, rows, nullptr, R, C},
+      const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order && bk % full == 0;
+      if (whole && xsize[2] > 64 && bn % full == 0 && (in_place || to_turn)) {
+        many<T, full, kVectorBytes == 64 ? 8 : 4>(static_cast<const T*>(x), xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, Side{offsets, rows, order, R, C},
                                                   static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
         return;
       }
