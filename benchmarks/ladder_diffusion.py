@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], target: float, path: Path) -> None:
         axes.plot(seconds, fids, marker=".", color=matplotlib.colormaps["viridis"](i / len(rows)), label=f"{i + 1}. {row['rung']}")
     axes.axhline(target, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="FID of 500 samples, digits")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 

@@ -326,7 +326,7 @@ def _resolve(target: str, flags: Flags, gate: trust.Gate = trust.own_only) -> Re
             values[field] = configs.parse(text, kinds[field])
         except ValueError as error:
             raise UsageError(f"--{field}: {error}") from error
-        if isinstance(values[field], Path):
+        if isinstance(values[field], Path) and (":" not in text.partition("/")[0] or values[field].exists()):  # hf:NAME is no file
             values[field] = values[field].absolute()  # the run may be resumed and evaluated from elsewhere
         origin[field] = "command line"
         given += [f"--{field}", text]

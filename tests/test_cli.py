@@ -270,6 +270,7 @@ def test_a_field_must_not_hide_a_run_option(say: Any) -> None:
 
 
 def test_a_path_from_the_command_line_holds_from_everywhere(say: Any) -> None:
+    assert cli._resolve("glow", {"data": ["hf:some/set"]}).config.data == Path("hf:some/set")  # no file
     resolved = cli._resolve("gpt", {"data": ["some/text.txt"]})
     assert resolved.config.data == Path.cwd() / "some" / "text.txt"
     assert resolved.given == ["--data", "some/text.txt"]

@@ -17,6 +17,8 @@ def describe(path: Path | None) -> list[tuple[str, str]]:
 
     UsageError names the file that is missing, cannot be read or does not fit.
     """
+    if path is not None and str(path).startswith(images.DATASET):
+        return _images(path)
     if path is not None and not path.exists():
         raise UsageError(f"data {path}: there is no such file or folder")
     shards = data.shards(path)

@@ -48,7 +48,7 @@ Sampler = Literal["ancestral", "ddim", "euler", "heun"]
 
 @dataclass(frozen=True)
 class Config:
-    data: Path | None = None  # .npy, .npz or a folder of images; none: the embedded ones
+    data: Path | None = None  # .npy, .npz, a folder of images or hf:NAME; none: the embedded ones
     embedded: Literal["digits", "glyphs"] = "digits"  # scikit-learn's digits, or characters in the fonts of matplotlib
     shape: tuple[int, int, int] = (1, 8, 8)  # channels, height and width of an image
     levels: int = 17  # values that a pixel may have
@@ -364,8 +364,9 @@ def evaluate(
     """Bits per dimension and FID on the held-out images with standard errors, beside those of plain models; samples to media/samples.png.
 
     samples: images for FID. sampler, sample_steps, guidance: none: the config's. times: draws of the bound's integral for each image. flow_steps: also
-    flow_bpd, the bits of the probability flow, integrated in so many steps (25 are enough for four digits); probes: random vectors for its trace, 0: exactly,
-    by as many derivatives as an image has pixels. baselines: also the bits of a histogram of each pixel and of a PCA-Gaussian, and the FID of training images.
+    flow_bpd, the bits of the probability flow, integrated in so many steps (on the digits 25 come within 0.003 of what 100 give). probes: random vectors for
+    its trace; 0: exactly, by as many derivatives as an image has pixels. baselines: also the bits of a histogram of each pixel and of a PCA-Gaussian, and the
+    FID of training images.
     Raises UsageError naming an option that is out of range.
     """
     steps, w = sample_steps or config.sample_steps, config.guidance if guidance is None else guidance

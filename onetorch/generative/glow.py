@@ -45,7 +45,7 @@ from onetorch.runs.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    data: Path | None = None  # .npy, .npz or a folder of images; none: the embedded ones
+    data: Path | None = None  # .npy, .npz, a folder of images or hf:NAME; none: the embedded ones
     embedded: Literal["digits", "glyphs"] = "digits"  # scikit-learn's digits, or characters in the fonts of matplotlib
     shape: tuple[int, int, int] = (1, 8, 8)  # channels, height and width of an image
     levels: int = 17  # values that a pixel may have

@@ -337,7 +337,8 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     generator = torch.Generator().manual_seed(config.seed)
     state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, found.stream, found.digest))
     if state.text != found.digest:
-        raise RunError(f"data {config.data}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
+        name = config.dataset or config.data or config.images or ""
+        raise RunError(f"data {name}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
     train_tokens, held_out = corpus.spell(model, found, config)
     if model.vocabulary() is None and not found.images:
         run.say(UNKNOWN)

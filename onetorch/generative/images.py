@@ -19,16 +19,18 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onetorch.generative import stream
 from onetorch.runs.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+DATASET = "hf:"  # before the name of a dataset of Hugging Face's
 PARTS = 5  # a fifth is held out, a fifth more is for tuning
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FAMILIES = {  # those of matplotlib's fonts that hold letters and digits; all files of a family are one design
@@ -93,13 +95,16 @@ def read(path: Path | None, embedded: Literal["digits", "glyphs"] = "digits", si
 
     path: `.npy`, mapped and not read: uint8 (256 levels) or bool (2), shaped (N, H, W), (N, C, H, W) or (N, H, W, C). `.npz`: such an array as `images`
     and, where they are, `labels` (N,) and `groups` (N,) of integers and `levels`. A folder: all images in it and its sub-folders; the label is the name of
-    the sub-folder, or else the file's name up to its first "_" or "-". With `size`, an image of a folder is scaled to it by its shorter side and cut out
-    in the middle; without, all must have one size.
+    the sub-folder, or else the file's name up to its first "_" or "-". `hf:NAME` or `hf:NAME:CONFIG`: the training split of a dataset of Hugging Face's (extra
+    `hf`), streamed into memory: its first column of images, and its first of class labels where there is one. With `size`, an image of a folder or a dataset
+    is scaled to it by its shorter side and cut out in the middle; without, all must have one size.
 
     Raises UsageError naming the file that cannot be read or does not fit.
     """
     if path is None:
         return digits() if embedded == "digits" else glyphs()
+    if str(path).startswith(DATASET):
+        return _dataset(str(path).removeprefix(DATASET), size)
     if path.is_dir():
         return _folder(path, size)
     try:
@@ -120,7 +125,8 @@ def read(path: Path | None, embedded: Literal["digits", "glyphs"] = "digits", si
                 return Images(pixels, levels, labels, names, groups)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UsageError(f"data {path} cannot be read: {' '.join(str(error).split())}") from error
-    raise UsageError(f"data {path}: expected a folder of images, .npy or .npz, got {'a file of another kind' if path.exists() else 'nothing: it is not there'}")
+    what = "a file of another kind" if path.exists() else "nothing: it is not there"
+    raise UsageError(f"data {path}: expected a folder of images, .npy, .npz or hf:NAME, got {what}")
 
 
 def _pixels(array: NDArray) -> tuple[NDArray[np.uint8], int]:
@@ -143,27 +149,17 @@ def _folder(folder: Path, size: int) -> Images:
     files = sorted((p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()), key=lambda p: p.relative_to(folder).parts)
     if not files:
         raise UsageError(f"data {folder}: no image stands in this folder (looked for {', '.join(SUFFIXES)})")
-    grey, found = True, []
+    found: list[NDArray[np.uint8]] = []
     for file in files:
         try:
             with Image.open(file) as opened:
-                kind = "L" if opened.mode in ("1", "L") else "RGB"
-                grey, image = grey and kind == "L", opened.convert(kind)
-                if size:
-                    scale = size / min(image.size)
-                    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC)
-                    left, top = (image.width - size) // 2, (image.height - size) // 2
-                    image = image.crop((left, top, left + size, top + size))
-                found.append(np.asarray(image))
+                found.append(_picture(opened, size))
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise UsageError(f"data {file} cannot be read: {' '.join(str(error).split())}") from error
         if found[-1].shape[:2] != found[0].shape[:2]:
             sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (found[0], found[-1])]
             raise UsageError(f"data {file} has {sizes[1]} pixels, {files[0].name} has {sizes[0]}; scale and cut all of them with --size")
-    if grey:
-        pixels = np.stack(found)[:, None]
-    else:
-        pixels = np.stack([a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2) for a in found]).transpose(0, 3, 1, 2)
+    pixels = _stack(found)
     relative = [p.relative_to(folder) for p in files]
     if all(len(p.parts) > 1 for p in relative):
         words = [p.parts[0] for p in relative]
@@ -171,8 +167,51 @@ def _folder(folder: Path, size: int) -> Images:
         words = [p.stem.replace("-", "_").split("_")[0] for p in relative]
     names = tuple(sorted(set(words)))
     if not 1 < len(names) <= len(files) // 2:
-        return Images(np.ascontiguousarray(pixels))  # the names tell no classes
-    return Images(np.ascontiguousarray(pixels), 256, np.array([names.index(w) for w in words], np.int64), names)
+        return Images(pixels)  # the names tell no classes
+    return Images(pixels, 256, np.array([names.index(w) for w in words], np.int64), names)
+
+
+def _picture(image: Any, size: int) -> NDArray[np.uint8]:
+    """(H, W) of a grey image of Pillow's, else (H, W, 3); with `size` scaled and cut to a square."""
+    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    if size:
+        scale = size / min(image.size)
+        image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), 3)  # 3: bicubic
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
+
+
+def _stack(found: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """(N, C, H, W) of images of one size, grey where all of them are."""
+    if all(a.ndim == 2 for a in found):
+        return np.stack(found)[:, None]
+    return np.ascontiguousarray(np.stack([a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2) for a in found]).transpose(0, 3, 1, 2))
+
+
+def _dataset(name: str, size: int) -> Images:
+    source = stream.dataset(name)
+    kinds = {column: type(kind).__name__ for column, kind in (source.features or {}).items()}
+    column, label = (next((c for c, kind in kinds.items() if kind == wanted), None) for wanted in ("Image", "ClassLabel"))
+    if column is None:
+        columns = ", ".join(f"{c} ({kind})" for c, kind in kinds.items())
+        raise UsageError(f"dataset {name}: expected a column of images, it has {columns or 'none that is known'}")
+    found: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    try:
+        for row in source:
+            found.append(_picture(row[column], size))
+            if label is not None:
+                labels.append(int(row[label]))
+    except Exception as error:  # of the network or of a file, whatever kind the library has for it
+        raise UsageError(f"dataset {name} cannot be read further than {len(found)} images: {' '.join(str(error).split())[:300]}") from error
+    sizes = {f"{a.shape[1]}x{a.shape[0]}" for a in found}
+    if len(sizes) != 1:
+        some = ", ".join(sorted(sizes)[:5])
+        raise UsageError(f"dataset {name}: expected images of one size, got {some or 'none'}; a square --shape scales and cuts them")
+    if label is None or min(labels) < 0:  # -1 stands for none
+        return Images(_stack(found))
+    return Images(_stack(found), 256, np.array(labels, np.int64), tuple(source.features[label].names))
 
 
 def digits() -> Images:

@@ -46,7 +46,7 @@ IN_USE = 0.01  # nats for each of an image that a block's latent says at least, 
 
 @dataclass(frozen=True)
 class Config:
-    data: Path | None = None  # .npy, .npz or a folder of images; none: the embedded ones
+    data: Path | None = None  # .npy, .npz, a folder of images or hf:NAME; none: the embedded ones
     embedded: Literal["digits", "glyphs"] = "digits"  # scikit-learn's digits, or characters in the fonts of matplotlib
     shape: tuple[int, int, int] = (1, 8, 8)  # channels, height and width of an image
     levels: int = 17  # values that a pixel may have

@@ -9,9 +9,3 @@ from onetorch.recipes import recipe
 def glow(Config: Any) -> Any:
     """Glow, a normalizing flow, on images; by default on scikit-learn's digits."""
     return Config()
-
-
-@recipe("glow", reaches="")
-def glow_glyphs(Config: Any) -> Any:
-    """Glow on characters in the fonts of matplotlib, 28x28 pixels."""
-    return Config(embedded="glyphs", shape=(1, 28, 28), levels=256, width=96, steps=3000, eval_every=1000)

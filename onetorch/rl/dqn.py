@@ -4,9 +4,10 @@ Q-learning with a net: act greedily but for a share epsilon of random actions, k
 
     y = r + gamma Q_target(s', argmax_a Q_target(s', a))        L(theta) = E[ w huber(Q(s, a) - y) ]
 
-with no value after a terminal state; Q_target is an older copy of Q. Four improvements are options (Hessel et al. 2018, arXiv:1710.02298, weighs them):
+with no value after a terminal state; Q_target is an older copy of Q. Improvements are options (Hessel et al. 2018, arXiv:1710.02298, weighs them):
 
-- double (van Hasselt et al. 2016, arXiv:1509.06461): the argmax is Q's own, which takes off the bias of the greatest of noisy values;
+- double (van Hasselt et al. 2016, arXiv:1509.06461): the argmax is Q's own, which takes off the bias of the greatest of noisy values; clipped (Fujimoto et al.
+  2018, arXiv:1802.09477, section 4.2), the smaller of Q and Q_target counts there, so that values may fall at once but rise no faster than the target;
 - dueling (Wang et al. 2016, arXiv:1511.06581): Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'), here with all hidden layers in common;
 - n_step (Sutton 1988): r becomes r_t + … + gamma^(n-1) r_{t+n-1}, the value that follows gamma^n Q_target(s_{t+n}, …);
 - priority (Schaul et al. 2016, arXiv:1511.05952): transitions are drawn by their last error to the power alpha, w = (N P(i))^-beta undoes the bias.
@@ -63,7 +64,7 @@ class Config:
     update_every: int = 16  # environment steps between two rounds of updates
     updates: int = 8  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
-    lr: float = 1e-3  # Adam's step size
+    lr: float = 2e-3  # Adam's step size
     anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
     target_every: int = 1  # gradient steps between two updates of the target
@@ -71,6 +72,7 @@ class Config:
     epsilon: float = 0.04  # share of random actions at the end; it begins with 1
     epsilon_fraction: float = 0.16  # part of total_steps in which epsilon falls linearly
     double: bool = True  # double Q-learning
+    clipped: bool = True  # of double Q-learning: the smaller of Q and Q_target counts
     dueling: bool = False  # dueling streams
     n_step: int = 3  # n, rewards added up before a value follows
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
@@ -173,10 +175,18 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
 
 
 @torch.no_grad()
-def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor | float, double: bool) -> Tensor:
-    """y = r + discount (1 - terminated) Q_target(s', a*) (B,), a* = argmax_a Q_target(s', a), or with `double` argmax_a Q(s', a); `discount` is gamma^k."""
+def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tensor | float, double: bool, clipped: bool = False) -> Tensor:
+    """y = r + discount (1 - terminated) Q_target(s', a*) (B,), a* = argmax_a Q_target(s', a), or with `double` argmax_a Q(s', a); `discount` is gamma^k.
+
+    `double` and `clipped`: the smaller of Q_target(s', a*) and Q(s', a*).
+    """
     q = target(batch.next_obs)
-    value = q.gather(1, model(batch.next_obs).argmax(1, keepdim=True)).squeeze(1) if double else q.amax(1)
+    if double:
+        best, act = model(batch.next_obs).max(1, keepdim=True)
+        value = q.gather(1, act)
+        value = (torch.minimum(value, best) if clipped else value).squeeze(1)
+    else:
+        value = q.amax(1)
     return batch.reward + discount * (1 - batch.terminated) * value
 
 
@@ -211,12 +221,12 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
     """A round of gradient steps, with `left` of the step size. Returns what was seen in the last of them, before its step: loss and grad_norm, q and y (B,)."""
     model, replay, optimizer = state.model, state.replay, state.optimizer
     for rows, batch, discount in batches(config, state):
-        y = td_target(model, state.target, batch, discount, config.double)
+        y = td_target(model, state.target, batch, discount, config.double, config.clipped)
         act, values = batch.act.unsqueeze(1), model(batch.obs)
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.huber_loss(q, y, weight=weight)  # type: ignore[call-arg]  # torch's stub does not know it
+        loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
         # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-1, 1) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))

@@ -583,6 +583,7 @@ def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own, when its compiler is imported
 def test_compiled_the_losses_are_the_same(tmp_path: Path) -> None:
     text, found = text_file(tmp_path), []
     for compiled in (False, True):

@@ -1,13 +1,14 @@
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from onetorch.generative import images
+from onetorch.generative import images, stream
 from onetorch.generative.images import Images
 from onetorch.runs.errors import UsageError
 
@@ -197,6 +198,54 @@ def test_a_folder_is_labelled_by_sub_folder_or_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"wide\.png has 9x4 pixels, 0\.png has 6x5; .*--size"):
         images.read(tmp_path / "c")
     assert images.read(tmp_path / "c", size=4).shape == (1, 4, 4)
+
+
+def test_a_dataset_is_streamed_into_memory(tmp_path: Path) -> None:
+    """Of Hugging Face's library, here a folder of pictures of its own format: the same as the folder read by ourselves."""
+    pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    for i in range(24):
+        (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.full((5, 7), 10 * i, np.uint8)).save(tmp_path / "train" / "ab"[i % 2] / f"{i:02}.png")
+    found, ours = images.read(Path(f"hf:{tmp_path}"), size=4), images.read(tmp_path / "train", size=4)
+    assert found.shape == (1, 4, 4)
+    assert found.names == ours.names == ("a", "b")
+    order = [np.argsort(x.pixels[:, 0, 0, 0]) for x in (found, ours)]
+    assert (found.pixels[order[0]] == ours.pixels[order[1]]).all()
+    assert found.labels is not None
+    assert ours.labels is not None
+    assert (found.labels[order[0]] == ours.labels[order[1]]).all()
+
+
+class Source:
+    """What a dataset gives, with features of these names' types."""
+
+    def __init__(self, rows: list[dict], **kinds: str) -> None:
+        self.rows, self.features = rows, {name: type(kind, (), {"names": ["x", "y"]})() for name, kind in kinds.items()}
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from self.rows
+
+
+def test_a_dataset_without_images_or_of_several_sizes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    rows = [{"picture": image.new("RGB", (4 + i % 2, 4), (i, 0, 0)), "kind": i % 2} for i in range(6)]
+    found: dict[str, Source] = {
+        "text": Source([], text="Value"),
+        "sizes": Source(rows, picture="Image", kind="ClassLabel"),
+        "good": Source(rows[::2], picture="Image", kind="ClassLabel"),
+        "unlabelled": Source([r | {"kind": -1} for r in rows[::2]], picture="Image", kind="ClassLabel"),
+    }
+    monkeypatch.setattr(stream, "dataset", lambda name: found[name])
+    with pytest.raises(UsageError, match=r"dataset text: expected a column of images, it has text \(Value\)"):
+        images.read(Path("hf:text"))
+    with pytest.raises(UsageError, match="dataset sizes: expected images of one size, got 4x4, 5x4"):
+        images.read(Path("hf:sizes"))
+    good = images.read(Path("hf:good"))
+    assert good.pixels[:, 0, 0, 0].tolist() == [0, 2, 4]
+    assert good.names == ("x", "y")
+    assert images.read(Path("hf:unlabelled")).labels is None
+    assert images.read(Path("hf:sizes"), size=2).shape == (3, 2, 2)
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from onetorch.runs.run import Run
 
 SMALL = dqn.Config(
     total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,),
-    tau=1.0, lr=1e-2, anneal=False, double=False, n_step=1,
+    tau=1.0, lr=1e-2, anneal=False, double=False, clipped=False, n_step=1,
 )  # fmt: skip
 BACKENDS = {"CartPole-v1": "native"}
 
@@ -63,6 +63,10 @@ def test_targets_by_hand() -> None:
     assert dqn.td_target(model, target, batch, discount, double=False).tolist() == [4.5, 2.0, 1.75]
     # the model would do 0 in state 0 and 1 in state 1, for which the target has 1 and -2
     assert dqn.td_target(model, target, batch, discount, double=True).tolist() == [2.5, 2.0, 0.5]
+    # clipped: in state 0 the model's own 1 is less than the target's 5, in state 1 the target's -2 less than the model's 1
+    model, target = table([[1.0, 0.0], [0.0, 1.0]]), table([[5.0, 8.0], [3.0, -2.0]])
+    assert dqn.td_target(model, target, batch, discount, double=True).tolist() == [4.5, 2.0, 0.5]
+    assert dqn.td_target(model, target, batch, discount, double=True, clipped=True).tolist() == [2.5, 2.0, 0.5]
 
 
 def test_dueling_is_a_value_and_what_an_action_adds_to_it() -> None:

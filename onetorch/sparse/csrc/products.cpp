@@ -3,9 +3,10 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// A thread packs a panel of tokens into tiles that stay in its second-level cache, and takes all columns past it; the values are packed (transposed, converted,
-// cleared beyond the edge) once for all panels. With few tokens nothing of the values is packed: `few` and `some`. Threads take panels dynamically.
-// Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// Four kernels for dds. `few`, `some` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they
+// stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
+// tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread packs a panel of tokens that stays in its second-level cache, and takes
+// all columns past it. Threads take panels dynamically; every output element is summed in one fixed order by one thread: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -21,6 +22,26 @@ template <class Acc, int VW> inline vec<float, VW> dot(vec<float, VW> c, vec<uin
 }
 #endif
 
+// sum[i] += the lanes of v[i], one after the other
+template <class Acc, int VW, int COUNT> inline __attribute__((always_inline)) void add_lanes(const vec<Acc, VW>* v, Acc* sum) {
+  if constexpr (sizeof(Acc) == 4) {  // VW vectors at a time are turned: then lane e of all of them is one vector
+    for (int i = 0; i < COUNT; i += VW) {
+      constexpr int n = std::min(VW, COUNT);
+      static_assert(COUNT % n == 0, "whole vectors");
+      uint32_t lanes[VW * VW] = {};
+      Acc sums[VW] = {};
+      std::memcpy(lanes, v + i, n * sizeof(*v));
+      std::memcpy(sums, sum + i, n * sizeof(*sum));
+      transpose_words<VW>(lanes, VW, lanes, VW);
+      vec<Acc, VW> s = load<vec<Acc, VW>>(sums);
+      UNROLL for (int e = 0; e < VW; e++) s += load<vec<Acc, VW>>(lanes + e * VW);
+      std::memcpy(sum + i, &s, n * sizeof(*sum));
+    }
+  } else {
+    for (int i = 0; i < COUNT; i++) for (int e = 0; e < VW; e++) sum[i] += v[i][e];
+  }
+}
+
 // At most eight rows of X against the transposed matrix of whole blocks: the time is that of reading the values, so they are read once, where they stand.
 template <class T, int VW, int TOKENS, int LINES>
 void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
@@ -31,28 +52,28 @@ void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, i
     for (int64_t k = 0; k < K; k++) X.data[t * K + k] = t < M ? x[t * xm + k * xk] : T{};
   PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
   for (int64_t c = 0; c < side.C; c++) {
-    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
+    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, ahead = std::min(n, std::max<int64_t>(1, 8192 / (LINES * bk * int64_t(sizeof(T)))));  // blocks: the way to memory takes as long
     for (int64_t line = 0; line < bn; line += LINES) {
       vec<Acc, VW> acc[LINES][TOKENS];
       UNROLL for (int i = 0; i < LINES; i++) { UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = vec<Acc, VW>{}; }
       for (int64_t t = 0; t < n; t++) {
         const T *values = w + ((first + t) * bn + line) * bk, *tokens = X.data + side.rows[first + t] * bk;
+        const int64_t later = t + ahead < n ? (first + t + ahead) * bn + line : line + LINES < bn ? (first + t + ahead - n) * bn + line + LINES : (first + t + ahead) * bn;
         for (int64_t k = 0; k < bk; k += step) {
           vec<U, VW> v[TOKENS];
           UNROLL for (int j = 0; j < TOKENS; j++) v[j] = load<vec<U, VW>>(tokens + j * K + k);
           UNROLL for (int i = 0; i < LINES; i++) {
-            __builtin_prefetch(values + (bn + i) * bk + k);  // the same place of the next block
+            __builtin_prefetch(w + (later + i) * bk + k);
             const vec<U, VW> u = load<vec<U, VW>>(values + i * bk + k);
             UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], u, v[j]);
           }
         }
       }
+      Acc sum[LINES * TOKENS];
+      UNROLL for (int i = 0; i < LINES * TOKENS; i++) sum[i] = bias ? Acc(widen(bias[c * bn + line + i / TOKENS])) : Acc(0);
+      add_lanes<Acc, VW, LINES * TOKENS>(&acc[0][0], sum);
       for (int i = 0; i < LINES; i++)
-        for (int j = 0; j < std::min<int>(TOKENS, M); j++) {
-          Acc sum = bias ? Acc(widen(bias[c * bn + line + i])) : Acc(0);
-          for (int e = 0; e < VW; e++) sum += acc[i][j][e];
-          narrow(sum, y[j * N + c * bn + line + i]);
-        }
+        for (int j = 0; j < std::min<int>(TOKENS, M); j++) narrow(sum[i * TOKENS + j], y[j * N + c * bn + line + i]);
     }
   }
 }
@@ -117,14 +138,15 @@ bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm,
     if (G != 1 || H != 1 || M > 64 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
     auto run = [&](auto width) {
       constexpr int VW = width();
-      if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      if (M == 1 && bn % 16 == 0) few<T, VW, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else if (M == 2) few<T, VW, 2, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else if (M <= 4) few<T, VW, 4, 4>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else few<T, VW, 8, 2>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       return true;
     };
     constexpr int S = full == 16 ? 2 : 1;
-    if (M > (bk % (full * P) ? 2 : 4) && bk % (S * P) == 0) {
+    if (M > (bk % (full * P) ? 2 : 8) && bk % (S * P) == 0) {
       if (M * S <= full && bn % 16 == 0) some<T, full, 1, S, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else if (M <= full && bn % 16 == 0) some<T, full, 1, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       else some<T, full, 2, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
