@@ -5,8 +5,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import rl_tasks  # noqa: F401 (registers the environments)
-
 from onetorch.runs.run import Run
 
 
