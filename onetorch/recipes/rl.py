@@ -44,16 +44,16 @@ def ppo_walker2d(Config: Any) -> Any:
     return Config(env="Walker2d-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
-@recipe("ppo", reaches="mean return -82.5 after 1,000,000 steps (-91 to -77 over 3 seeds), 66 CPU-s on one core")
+@recipe("ppo", reaches="")
 def ppo_acrobot(Config: Any) -> Any:
     """PPO on Acrobot-v1.
 
     Until the tip is first swung up every reward is the same, and a policy that moves fast settles on noise before that: a smaller step and whole episodes in
-    the batch, not 64 steps of each of 64 environments.
+    the batch, not 64 steps of each of 64 environments. A discount of 0.999 lets the few long episodes count as much as they do in the mean.
     """
     return Config(
-        env="Acrobot-v1", total_steps=1_000_000, num_envs=16, batch_size=4096, epochs=4, minibatches=64, lr=3e-4, lam=0.94, clip=0.2, normalize_obs=True,
-        activation="tanh",
+        env="Acrobot-v1", total_steps=1_000_000, num_envs=16, batch_size=4096, epochs=4, minibatches=32, lr=4e-4, gamma=0.999, lam=0.95, clip=0.2,
+        normalize_obs=True, activation="tanh",
     )  # fmt: skip
 
 
