@@ -132,18 +132,31 @@ SPINNINGUP_REPLAY: dict[str, Any] = {
     "log_every": 4000,
 }  # fmt: skip
 REPLAY_MUJOCO: dict[str, Any] = {"total_steps": 1_000_000, "random_steps": 10_000, "log_every": 5000}
+SAC_MUJOCO: dict[str, Any] = {**REPLAY_MUJOCO, "lr": 3e-4, "q_lr": 1e-3}  # critics faster than the policy, as in CleanRL
 
 
-@recipe("sac", reaches="mean return -131 on Pendulum-v1 after 20,000 steps (3 seeds), 110 CPU-s on one core")
+@recipe("sac", reaches="mean return -132 on Pendulum-v1 after 20,000 steps (-137 to -131 over 6 seeds), 90 CPU-s on one core")
 def sac(Config: Any) -> Any:
     """Soft Actor-Critic with twin critics and a learned temperature, Haarnoja et al. 2018, arXiv:1812.05905."""
     return Config()
 
 
-@recipe("sac", reaches="")
+@recipe("sac", reaches="mean return 9,940 after 300,000 steps (one seed; stable-baselines3's SAC 5,550), 1,480 CPU-s on one core")
 def sac_halfcheetah(Config: Any) -> Any:
     """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
-    return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO, lr=3e-4, q_lr=1e-3)  # critics faster than the policy, as in CleanRL
+    return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
+
+
+@recipe("sac", reaches="")
+def sac_hopper(Config: Any) -> Any:
+    """SAC on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Hopper-v5", **SAC_MUJOCO)
+
+
+@recipe("sac", reaches="")
+def sac_walker2d(Config: Any) -> Any:
+    """SAC on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Walker2d-v5", **SAC_MUJOCO)
 
 
 @recipe("sac", reaches="")
@@ -162,6 +175,18 @@ def td3(Config: Any) -> Any:
 def td3_halfcheetah(Config: Any) -> Any:
     """TD3 on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
+
+
+@recipe("td3", reaches="")
+def td3_hopper(Config: Any) -> Any:
+    """TD3 on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Hopper-v5", **REPLAY_MUJOCO)
+
+
+@recipe("td3", reaches="")
+def td3_walker2d(Config: Any) -> Any:
+    """TD3 on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
+    return Config(env="Walker2d-v5", **REPLAY_MUJOCO)
 
 
 @recipe("td3", reaches="")

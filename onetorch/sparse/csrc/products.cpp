@@ -513,9 +513,55 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
     }
   }
 }
+
+// The blocks of a layout as a dense matrix with zeros between them, or the blocks of a dense matrix, whose rows of `row` bytes are cut into runs of `run` bytes. Block
+// after block; what lies a row apart is asked for a kilobyte ahead, since the machine does not look that far.
+template <bool FILL, class Length> void move_blocks(char* values, char* dense, Length run, int64_t row, int64_t height, int64_t R, int64_t C, int64_t br, const int32_t* offsets, const int32_t* columns, int threads) {
+  const int64_t ahead = std::max<int64_t>(1, 1024 / run);
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
+  for (int64_t r = 0; r < R; r++) {
+    const int64_t rows = std::min(br, height - r * br);
+    int64_t p = offsets[r];
+    for (int64_t c = 0; c < C; c++) {
+      const bool kept = p < offsets[r + 1] && columns[p] % C == c;
+      if (!kept && !FILL) continue;
+      const int64_t length = std::min<int64_t>(run, row - c * run);
+      char *line = dense + r * br * row + c * run, *block = values + p * br * run;
+      p += kept;
+      for (int64_t i = 0; i < rows; i++, line += row, block += run) {
+        const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
+        for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
+        if (length == run) {
+          if (kept) std::memcpy(FILL ? line : block, FILL ? block : line, run);
+          else std::memset(line, 0, run);
+        } else if (FILL) {
+          if (kept) std::memcpy(line, block, length); else std::memset(line, 0, length);
+        } else {
+          std::memcpy(block, line, length);
+          std::memset(block + length, 0, run - length);
+        }
+      }
+      if (!FILL) for (int64_t i = rows; i < br; i++, block += run) std::memset(block, 0, run);
+    }
+  }
+}
 }  // namespace
 
 extern "C" {
+// size: R, C, rows of a block, bytes of a block's row, rows of the matrix, bytes of its row. `fill`: values to dense, or else dense to values.
+void onetorch_move(void* values, void* dense, const int64_t* size, const int32_t* offsets, const int32_t* columns, int fill, int threads) {
+  auto go = [&](auto run) {
+    auto move = fill ? move_blocks<true, decltype(run)> : move_blocks<false, decltype(run)>;
+    move(static_cast<char*>(values), static_cast<char*>(dense), run, size[5], size[4], size[0], size[1], size[2], offsets, columns, threads);
+  };
+  switch (size[3]) {  // short rows are moved by a few instructions
+    case 32: return go(std::integral_constant<int64_t, 32>{});
+    case 64: return go(std::integral_constant<int64_t, 64>{});
+    case 128: return go(std::integral_constant<int64_t, 128>{});
+    case 256: return go(std::integral_constant<int64_t, 256>{});
+    default: return go(size[3]);
+  }
+}
 // strides in elements; wg = 0: one set of values for all G; order may be null. Returns 0, 1 (out of memory) or 2 (unknown dtype).
 int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* xstride, const void* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn,
                  const int32_t* offsets, const int32_t* rows, const int32_t* order, int64_t R, int64_t C, const void* bias, void* y, int64_t N, int threads) {
