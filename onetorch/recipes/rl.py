@@ -44,7 +44,7 @@ def ppo_walker2d(Config: Any) -> Any:
     return Config(env="Walker2d-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
-@recipe("ppo", reaches="")
+@recipe("ppo", reaches="mean return -77.1 after 1,000,000 steps (-84 to -72 over 3 seeds), 50 CPU-s on one core of a busy machine")
 def ppo_acrobot(Config: Any) -> Any:
     """PPO on Acrobot-v1.
 
