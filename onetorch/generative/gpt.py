@@ -307,7 +307,7 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
     if config.counts:
         mix["params"] += model.trust.parameters()
     if config.optimizer == "muon":
-        first: torch.optim.Optimizer = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+        first: torch.optim.Optimizer = distributed.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
     else:
         first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
     return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
