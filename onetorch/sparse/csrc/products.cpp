@@ -176,10 +176,10 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
 // Many rows of X against the transposed matrix of whole blocks: as `some`, the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
 // packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
 template <class T, int VW, int NV, int ROWS>
-inline void lines_of_column(int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
+inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   const int64_t lda = bk / Mode<T>::P;
-  for (int64_t line = 0; line < bn; line += ROWS, sums += ROWS * VW * NV) {
+  for (int64_t line = 0; line < lines; line += ROWS, sums += ROWS * VW * NV) {
     vec<Acc, VW> acc[ROWS][NV];
     if (begin) { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; } }
     else { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = load<vec<Acc, VW>>(sums + (i * NV + j) * VW); } }
@@ -280,6 +280,7 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
   constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
+  constexpr int64_t kLines = 64;  // at a time of a column that takes several passes: their sums, too, stay in the first-level cache
   Buffer<int32_t> place(side.R);
   const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, vectors = (M + VW - 1) / VW;
   int64_t panels = (vectors - 1) / std::max<int64_t>(NV, kPanel / int64_t(depth * VW * sizeof(E))) + 1, splits = 1;
@@ -322,16 +323,20 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
         });
       for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
         const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
-        for (int64_t t = 0; t == 0 || t < n; t += slice)
+        const int64_t lines = n > slice ? std::min<int64_t>(bn, kLines) : bn;
+        for (int64_t line = 0; line < bn; line += lines) {
+          for (int64_t t = 0; t == 0 || t < n; t += slice)
+            for (int64_t g = 0; g < groups; g++)
+              group(g, [&](auto nv, int64_t) {
+                lines_of_column<T, VW, nv(), ROWS>(lines, std::min(slice, n - t), values + ((first + t) * bn + line) * bk, side.rows + first + t, place.data, bk, bn,
+                                                   packed + g * depth * TOKENS, sums + g * lines * TOKENS, t == 0);
+              });
           for (int64_t g = 0; g < groups; g++)
-            group(g, [&](auto nv, int64_t) {
-              lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), values + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
-                                                 packed + g * depth * TOKENS, sums + g * bn * TOKENS, t == 0);
+            group(g, [&](auto nv, int64_t token) {
+              const int64_t n0 = c * bn + line;
+              write_tokens<T, VW, nv()>(sums + g * lines * TOKENS, lines, bias ? bias + n0 : nullptr, y + token * N + n0, N, M - token, past_cache);
             });
-        for (int64_t g = 0; g < groups; g++)
-          group(g, [&](auto nv, int64_t token) {
-            write_tokens<T, VW, nv()>(sums + g * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + token * N + c * bn, N, M - token, past_cache);
-          });
+        }
       }
     }
     stream_end();
