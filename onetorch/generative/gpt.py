@@ -328,6 +328,7 @@ class State:
     adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
+    scaler: torch.amp.GradScaler  # of the loss, where the arithmetic is float16; else it does nothing
     generator: torch.Generator  # draws the batches: the position in the data
     stream: Stream | None  # its position, where the data are one
     text: str  # digest of the data
@@ -345,6 +346,7 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride} "
         f"{config.vocabulary} {config.counts}",
+        asked={"dtype": ("float16",)},  # for GPUs without bfloat16
         dtype=("float32", "bfloat16"),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
         attention=paths(config),
         threads=thread_counts(),
@@ -354,7 +356,10 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, found.stream, found.digest))
+    scaler = torch.amp.GradScaler(plan["device"], enabled=plan["dtype"] == "float16")
+    if scaler.is_enabled() and distributed.sharding:
+        raise UsageError("--plan dtype=float16 is not for sharded weights: give dtype=bfloat16, or leave out --shard")
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), scaler, generator, found.stream, found.digest))
     if state.text != found.digest:
         name = config.dataset or config.data or config.images or ""
         raise RunError(f"data {name}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
@@ -373,17 +378,23 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
-        loss = distributed.mean(gradient(network, window, config.accumulate, bool(config.counts)))
+        loss = distributed.mean(gradient(network, window, config.accumulate, bool(config.counts), scaler))
+        for optimizer in (muon, adam):
+            scaler.unscale_(optimizer)
         grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
-        run.finite(loss=loss, grad_norm=grad_norm)
+        fits = not scaler.is_enabled() or bool(grad_norm.isfinite())  # else the loss was scaled by too much: without this step, the next is scaled by less
+        run.finite(loss=loss, grad_norm=grad_norm if fits else 0.0)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, grad_norm)
         for optimizer in (muon, adam):
-            optimizer.step()
+            if fits:
+                optimizer.step()
             optimizer.zero_grad()
-        state.ema.update()
+        if fits:
+            state.ema.update()
+        scaler.update()
         if state.iteration == config.steps and config.final == "ema":
             state.ema.keep(config.ema[0])
         state.tokens += rows * T
@@ -392,19 +403,21 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}", found.images and found.images[1].shape)
         run.phase("evaluation")
-        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
+        scaled = {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
+        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm if fits else None, tokens=state.tokens, **scaled, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
-def gradient(model: nn.Module, window: Tensor, accumulate: int, counted: bool = False) -> Tensor:
-    """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts. `counted`: see `nll`."""
+def gradient(model: nn.Module, window: Tensor, accumulate: int, counted: bool = False, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    """The mean loss of a batch of windows, whose gradient, times the scale of `scaler`, is left in the parameters; computed in `accumulate` parts. `counted`:
+    see `nll`."""
     total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
     for i, part in enumerate(parts, 1):
         with distributed.local(model, i < len(parts)):
             loss = nll(model, part, counted).mean() * (len(part) / len(window))
-            loss.backward()
+            (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
     return total
 
