@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, paths, schedules
 from onetorch.generative.denoisers import Transformer, UNet
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
@@ -69,7 +70,8 @@ class Config:
     lr_matrix: float = 0.02  # Muon's step size: matrices of the transformer's blocks
     weight_decay: float = 0.0  # of both
     warmup: int = 20  # steps in which the rates rise from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates fall to zero; 0: they stay
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall to zero; 0: they stay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which samples and ends the run
     sampler: Sampler = "heun"  # of samples while training and in the end
@@ -227,6 +229,7 @@ class State:
     model: Diffusion
     optimizers: list[torch.optim.Optimizer]
     ema: EMA
+    divergence: Divergence
     generator: torch.Generator  # draws batches, times and noise: the position in the data
     data: str  # digest of the images
     iteration: int = 0
@@ -245,7 +248,7 @@ def train(config: Config, run: Run) -> Diffusion:
     )
     model, device = prepare(build(config), plan), plan["device"]
     digest = data.digest()
-    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), torch.Generator().manual_seed(config.seed), digest))
+    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work = flops(model)
@@ -253,7 +256,7 @@ def train(config: Config, run: Run) -> Diffusion:
     for state.iteration in run.steps(state.iteration, config.steps):
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                kind: schedules.Kind = "wsd" if config.decay else "constant"
+                kind: schedules.Kind = config.schedule if config.decay else "constant"
                 group["lr"] = group["rate"] * schedules.factor(kind, state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
         run.phase("batch")
@@ -261,6 +264,7 @@ def train(config: Config, run: Run) -> Diffusion:
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
+        state.divergence.check(loss.item(), state.iteration, "lower --lr and --lr_matrix, or give a longer --warmup or a smaller --max_grad_norm")
         run.phase("gradient")
         for optimizer in state.optimizers:
             optimizer.step()
@@ -277,7 +281,7 @@ def train(config: Config, run: Run) -> Diffusion:
         if last:
             state.ema.keep(config.ema)
         run.phase("evaluation")
-        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm, **evaluated)
+        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm, images=state.iteration * config.batch, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return model

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
@@ -64,7 +65,8 @@ class Config:
     lr: float = 2e-3  # AdamW's step size
     weight_decay: float = 0.05  # of AdamW
     warmup: int = 50  # steps in which the rate rises from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate falls to zero
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rate after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate of wsd falls to zero
     kl_warmup: int = 200  # steps in which the weight of the KL rises to one
     max_grad_norm: float = 200.0  # gradients (of nats an image) are scaled down to this norm
     skip_grad_norm: float = 2000.0  # a step with a longer gradient is left out
@@ -285,6 +287,7 @@ class State:
     model: VAE
     optimizer: torch.optim.Optimizer
     ema: EMA
+    divergence: Divergence
     generator: torch.Generator  # draws batches and noise: the position in the data
     data: str  # digest of the images
     skipped: int = 0  # steps left out for their gradient
@@ -302,14 +305,14 @@ def train(config: Config, run: Run) -> VAE:
     model, device, digest = build(config).to(plan["device"]), plan["device"], data.digest()
     work = flops(model)  # dropout draws from the generators that the next lines bring back
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), torch.Generator().manual_seed(config.seed), digest))
+    state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     scale = math.prod(config.shape) * math.log(2)
 
     for state.iteration in run.steps(state.iteration, config.steps):
         for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
+            group["lr"] = config.lr * schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay)
         pixels = images.batch(data, config.batch, state.generator)[0].to(device)
         told, kls, _ = model(pixels, *model.noise(config.batch, state.generator))
         kl = kls.sum(0).mean()
@@ -319,6 +322,8 @@ def train(config: Config, run: Run) -> VAE:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
         if grad_norm <= config.skip_grad_norm:
+            if state.iteration > config.kl_warmup:  # before, the loss is another one in every step
+                state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --skip_grad_norm")
             state.optimizer.step()
             state.ema.update()
         else:
@@ -333,7 +338,8 @@ def train(config: Config, run: Run) -> VAE:
                 evaluated |= validate(model, data, held_out, grid)
         if last:
             state.ema.keep(config.ema)
-        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, skipped=state.skipped, **evaluated)
+        evaluated |= {"skipped": state.skipped, "images": state.iteration * config.batch}
+        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, **evaluated)
         run.checkpoint(state)
     model.eval()
     return model
