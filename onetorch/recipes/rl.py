@@ -34,7 +34,11 @@ def ppo_halfcheetah(Config: Any) -> Any:
 
 @recipe("ppo", reaches="mean return 2,940 after 1,000,000 steps (2,360 to 3,380 over 3 seeds), 160 CPU-s on one core")
 def ppo_hopper(Config: Any) -> Any:
-    """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
+    """PPO on Hopper-v5 (MuJoCo, needs the extra `rl`).
+
+    16 environments and minibatches of 256 or 512 (batches of 2,048 with 5 or 8 epochs, of 4,096 with 10) take a fifth to a third less time a step. But of
+    10 such runs over 5 seeds three stayed on short hops, at 606, 1,331 and, cut after 760,000 steps, 679; the others reached 2,810 to 3,450.
+    """
     return Config(env="Hopper-v5", **PPO_MUJOCO | {"num_envs": 8, "batch_size": 2048, "minibatches": 16})
 
 
