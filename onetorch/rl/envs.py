@@ -68,6 +68,13 @@ class Spaces:
     def obs_dtype(self) -> torch.dtype:
         return torch.float32 if self.obs_dim or self.image is None else torch.uint8
 
+    def example(self, count: int) -> Tensor:
+        """Observations (count, …) such as these spaces hold: numbers around 0, and pixels."""
+        pixels = torch.randint(0, 256, (count, *(self.image or (0,))))
+        if not self.obs_dim:
+            return pixels.to(torch.uint8)
+        return torch.cat((torch.randn(count, self.obs_dim - math.prod(self.image or (0,))), pixels.flatten(1)), 1)
+
 
 class Envs(Protocol):
     spaces: Spaces
