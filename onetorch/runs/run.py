@@ -146,7 +146,7 @@ class Run:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
         elif not folder.holds_run(path):
             raise UsageError(f"{path} holds no run (no config.json); begin one with `onetorch train RECIPE --dir {shlex.quote(str(path))}`")
-        self._made = not path.exists()
+        self._made = [p for p in (path, *path.parents) if not p.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -673,9 +673,9 @@ class Run:
         """Take back what `_begin` made: a run that was refused before its first iteration leaves no folder that would be in the way of the next attempt."""
         for name in ("config.json", "run.json", "metrics.jsonl", "source.py", "git.diff", "run.lock"):
             (self.folder / name).unlink(missing_ok=True)
-        if self._made:
+        for path in self._made:
             with contextlib.suppress(OSError):  # the algorithm left something in it
-                self.folder.rmdir()
+                path.rmdir()
 
     def __enter__(self) -> Self:
         self._start_signals()
