@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
+from onetorch.generative.muon import Muon
 from onetorch.generative.stream import Stream
 from onetorch.generative.vocabulary import BYTES, Vocabulary
 from onetorch.runs import distributed
@@ -288,7 +289,7 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
     head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
     mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
     if config.optimizer == "muon":
-        first: torch.optim.Optimizer = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+        first: torch.optim.Optimizer = Muon([matrices], model.dtype, momentum=config.momentum, weight_decay=0.0)
     else:
         first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
     return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
