@@ -4,7 +4,7 @@ The model is that of Radford et al. (2019) with what has proved quick to train s
 et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed n-grams beside
 those of single tokens (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
 (Jordan et al. 2024), which makes the update orthogonal, embeddings and head by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022).
-Weights are float32; the arithmetic may be bfloat16.
+Weights are float32; the arithmetic may be in fewer bits (`precision.py`).
 
 The learnt vocabulary is a buffer of the model, so that it is in every checkpoint and model folder, under their hashes. Whatever the tokens are, a text is
 judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is. An image
@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, sampling, schedules
+from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, precision, sampling, schedules
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.generative.muon import Muon
+from onetorch.generative.precision import LossScale
 from onetorch.generative.stream import Stream
 from onetorch.generative.vocabulary import BYTES, Vocabulary
 from onetorch.runs import distributed
@@ -310,6 +311,7 @@ class State:
     adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
+    scale: LossScale
     generator: torch.Generator  # draws the batches: the position in the data
     stream: Stream | None  # its position, where the data are one
     text: str  # digest of the data
@@ -327,7 +329,8 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride} "
         f"{config.vocabulary}",
-        dtype=("float32", "bfloat16"),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
+        asked={"dtype": precision.ASKED},
+        dtype=precision.kinds(),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
         attention=paths(config),
         threads=thread_counts(),
     )
@@ -336,7 +339,7 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, found.stream, found.digest))
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), LossScale(plan["dtype"]), generator, found.stream, found.digest))
     if state.text != found.digest:
         name = config.dataset or config.data or config.images or ""
         raise RunError(f"data {name}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
@@ -355,15 +358,18 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
-        loss = distributed.mean(gradient(network, window, config.accumulate))
+        loss = distributed.mean(gradient(network, window, config.accumulate, state.scale.factor))
+        state.scale.undo(model)
         grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
-        run.finite(loss=loss, grad_norm=grad_norm)
+        taken = state.scale.take(grad_norm)
+        run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, grad_norm)
         for optimizer in (muon, adam):
-            optimizer.step()
+            if taken:
+                optimizer.step()
             optimizer.zero_grad()
         state.ema.update()
         if state.iteration == config.steps and config.final == "ema":
@@ -374,26 +380,28 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}", found.images and found.images[1].shape)
         run.phase("evaluation")
-        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
+        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm if taken else None, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
-def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
-    """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
+def gradient(model: nn.Module, window: Tensor, accumulate: int, scale: float = 1.0) -> Tensor:
+    """The mean loss of a batch of windows, whose gradient times `scale` is left in the parameters; computed in `accumulate` parts."""
     total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
     for i, part in enumerate(parts, 1):
         with distributed.local(model, i < len(parts)):
             loss = nll(model, part).mean() * (len(part) / len(window))
-            loss.backward()
+            (loss * scale).backward()
         total += loss.detach()
     return total
 
 
 def prepare(model: GPT, choice: dict) -> GPT:
     """The model on its device, computing as the speed plan says."""
-    model.dtype, model.path = getattr(torch, choice["dtype"]), choice["attention"]
+    model.dtype, model.path = precision.dtype(choice["dtype"]), choice["attention"]
+    if choice["dtype"] == "float8":
+        precision.to_float8(model.blocks)
     return model.to(choice["device"])
 
 
