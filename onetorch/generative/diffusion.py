@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, paths, precision, schedules
 from onetorch.generative.denoisers import Transformer, UNet
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.generative.precision import LossScale
 from onetorch.runs.errors import RunError, UsageError
@@ -70,7 +71,8 @@ class Config:
     lr_matrix: float = 0.02  # Muon's step size: matrices of the transformer's blocks
     weight_decay: float = 0.0  # of both
     warmup: int = 20  # steps in which the rates rise from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates fall to zero; 0: they stay
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall to zero; 0: they stay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which samples and ends the run
     sampler: Sampler = "heun"  # of samples while training and in the end
@@ -228,6 +230,7 @@ class State:
     model: Diffusion
     optimizers: list[torch.optim.Optimizer]
     ema: EMA
+    divergence: Divergence
     scale: LossScale
     generator: torch.Generator  # draws batches, times and noise: the position in the data
     data: str  # digest of the images
@@ -248,7 +251,7 @@ def train(config: Config, run: Run) -> Diffusion:
     )
     model, device = prepare(build(config), plan), plan["device"]
     digest, generator = data.digest(), torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), LossScale(plan["dtype"]), generator, digest))
+    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), Divergence(), LossScale(plan["dtype"]), generator, digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work = flops(model)
@@ -256,7 +259,7 @@ def train(config: Config, run: Run) -> Diffusion:
     for state.iteration in run.steps(state.iteration, config.steps):
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                kind: schedules.Kind = "wsd" if config.decay else "constant"
+                kind: schedules.Kind = config.schedule if config.decay or config.schedule != "wsd" else "constant"
                 group["lr"] = group["rate"] * schedules.factor(kind, state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
         run.phase("batch")
@@ -266,6 +269,7 @@ def train(config: Config, run: Run) -> Diffusion:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         taken = state.scale.take(grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
+        state.divergence.check(loss.item(), state.iteration, "lower --lr and --lr_matrix, or give a longer --warmup")
         run.phase("gradient")
         for optimizer in state.optimizers:
             if taken:
@@ -283,7 +287,8 @@ def train(config: Config, run: Run) -> Diffusion:
         if last:
             state.ema.keep(config.ema)
         run.phase("evaluation")
-        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm if taken else None, **evaluated)
+        seen, norm = state.iteration * config.batch, grad_norm if taken else None
+        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=norm, images=seen, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return model
