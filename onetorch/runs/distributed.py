@@ -8,8 +8,8 @@ Each process holds all of the model (DistributedDataParallel), or, with `--shard
 averages remember of it (`fully_shard`, FSDP2); the weights are gathered part by part when they are computed with. What process 0 writes is the same: nothing
 is sharded on disk. A checkpoint holds whole tensors, which torch.distributed.checkpoint's state dicts gather and hand out again, so that a run may go on with
 another number of processes, with `--shard` or without. Therefore process 0 needs room for the whole state when it saves, every process when it resumes, and
-for all weights of the model, but nothing else of it, while it is evaluated. A sharded run sums gradients in another order, by
-which its losses differ from those of one process by less than a millionth.
+for all weights of the model, but nothing else of it, while it is evaluated. Several processes sum gradients in another order than one, sharded in a third:
+in float32 their losses differ by less than a millionth.
 
 `onetorch train gpt --nproc 2` starts the processes itself, on this machine and over its loopback; under torchrun, which may span machines that see the same
 folder, each process that it starts joins the others: `torchrun --nproc-per-node 4 -m onetorch train gpt --dir DIR`.

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _dds, _sdd
+from onetorch.sparse.products import _call, _dds, _fill, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
 CHANNELS = 256
+MOST = 0.95  # of dense: what the products may take at most, a twentieth is within the noise
 measured: dict[str, tuple[float, float]] = {}  # what is known in this process
 
 
@@ -152,21 +153,22 @@ def _taps_of_input(grad: Tensor, values: Tensor, sides: tuple[_Side, _Side], sta
 
 
 @torch.compiler.assume_constant_result
-def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int) -> tuple[float, float]:
-    """(fixed, rising): forward and backward take fixed + rising * density of the time of torch's dense convolution on this machine, as measured once
-    (about a second) on one image of 28 x 28 and CHANNELS channels, and kept beside the compiled kernels, so that a run that goes on chooses as before.
+def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int, backward: bool = True) -> tuple[float, float]:
+    """(fixed, rising): forward and backward, or forward alone, take fixed + rising * density of the time of torch's dense convolution on this machine, as
+    measured once (about a second) on one image of 28 x 28 and CHANNELS channels, and kept beside the compiled kernels, so that a run that goes on chooses
+    as before.
     """
     lib = cpu.library()
     if lib is None:
         return 1.0, 1.0
     width = 1 if taps == 1 else 3  # of a square kernel that stands for the others
-    key = f"conv {str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} kernel {width} threads {torch.get_num_threads()}"
+    key = f"conv{'' if backward else ' forward'} {str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} kernel {width} threads {torch.get_num_threads()}"
     if key in measured:
         return measured[key]
     path = Path(lib._name).with_suffix(f".conv-torch-{torch.__version__}.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
-        known[key] = [round(cost, 3) for cost in _measure(dtype, block, width)]
+        known[key] = [round(cost, 3) for cost in _measure(dtype, block, width, backward)]
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(known, file, indent=1)
         os.replace(file.name, path)
@@ -174,10 +176,10 @@ def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int) -> tuple[flo
     return measured[key]
 
 
-def _measure(dtype: torch.dtype, block: tuple[int, int], width: int) -> tuple[float, float]:
+def _measure(dtype: torch.dtype, block: tuple[int, int], width: int, backward: bool) -> tuple[float, float]:
     grid = CHANNELS // block[0], CHANNELS // block[1]
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_()
+    with torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+        x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_(backward)
         dense = nn.Conv2d(CHANNELS, CHANNELS, width, padding=width // 2, dtype=dtype)
         runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(dense, dense.weight)]
         densities = []
@@ -187,13 +189,15 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], width: int) -> tuple[fl
             runs.append((functools.partial(layer._sparse, size=[28, 28]), layer.weight))
             densities.append(layer.layout.density)
         times: list[list[float]] = [[], [], []]
-        for round_ in range(5):
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # one thread's own time does not count what others do on its core
+        for round_ in range(5 if backward else 9):
             for (run, weight), taken in zip(runs, times, strict=True):
-                start = time.perf_counter()
+                start = clock()
                 y = run(x)
-                torch.autograd.grad(y, (x, weight), y)
+                if backward:
+                    torch.autograd.grad(y, (x, weight), y)
                 if round_:  # the first warms up
-                    taken.append(time.perf_counter() - start)
+                    taken.append(clock() - start)
     grown = (28 / (28 + width // 2)) ** 2  # the padding's share is counted by who asks
     low, high = [grown * statistics.median(s / d for s, d in zip(taken, times[0], strict=True)) for taken in times[1:]]
     rising = max(0.0, (high - low) / (densities[1] - densities[0]))
@@ -245,22 +249,45 @@ class _Conv(BlockSparse):
             return self.forward(x[None])[0]
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected (batch, {self.in_channels}, {self.dims} sizes), got {tuple(x.shape)}")
-        size = []
-        for n, k, s, d, (before, after) in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, self.padding, strict=True):
-            size.append((n + before + after - (k - 1) * d - 1) // s + 1)
-            if size[-1] < 1:
-                raise ValueError(f"x: expected sizes that hold the kernel {self.kernel_size}, got {tuple(x.shape)}")
+        size = self._leaving(list(x.shape[2:]))
         return self._dense(x) if self._dense_is_faster(x, size) else self._sparse(x, size)
 
     def _dense_is_faster(self, x: Tensor, size: list[int]) -> bool:
         if self.probe is not None or x.device.type != "cpu" or x.dtype not in EXACT or torch.is_autocast_enabled("cpu") or any(s != 1 for s in self.stride):
             return True
+        backward = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return self._cost(x.dtype, list(x.shape[2:]), size, backward) >= MOST
+
+    def _cost(self, dtype: torch.dtype, entering: list[int], size: list[int], backward: bool) -> float:
+        """The time of the products over that of the dense convolution, for images of the size `entering` that leave with `size`."""
         (R, C), (br, bc) = self.layout.grid, self.layout.block
-        grown = math.prod([max(n + max(ends), out) / out for n, out, ends in zip(x.shape[2:], size, self.padding, strict=True)])
+        grown = math.prod([max(n + max(ends), out) / out for n, out, ends in zip(entering, size, self.padding, strict=True)])
         grown *= R * br * C * bc / (self.out_channels * self.in_channels)
-        fixed, rising = costs_of(x.dtype, self.layout.block, math.prod(self.kernel_size))
+        fixed, rising = costs_of(dtype, self.layout.block, math.prod(self.kernel_size), backward)
         moving = CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels)  # what does not fall with the density is work on the images
-        return grown * (fixed * moving + rising * self.layout.density) >= 0.95  # a twentieth is within the noise
+        return grown * (fixed * moving + rising * self.layout.density)
+
+    def choice(self, *size: int, backward: bool = True) -> str:
+        """What the layer does with images of this size (all sizes, or one for all) in its own dtype on this machine, in words. A measurement of a second
+        may run, once per machine. For example:
+
+        sparse: density 0.250, forward and backward by products take 0.53 of the dense convolution's time; dense from 0.95
+        """
+        density = f"density {self.layout.density:.3f}"
+        if self.weight.device.type != "cpu" or cpu.library() is None or self.weight.dtype not in EXACT or any(s != 1 for s in self.stride):
+            return f"dense: {density}, products are for stride 1, float32 or float64 and the compiled kernels of the CPU"
+        entering = list(_sizes("size", size[0] if len(size) == 1 else size, self.dims, 1))
+        cost = self._cost(self.weight.dtype, entering, self._leaving(entering), backward)
+        what = "forward and backward" if backward else "forward"
+        return f"{'dense' if cost >= MOST else 'sparse'}: {density}, {what} by products take {cost:.2f} of the dense convolution's time; dense from {MOST}"
+
+    def _leaving(self, entering: list[int]) -> list[int]:
+        """The sizes of the output. ValueError where the kernel does not fit."""
+        each = zip(entering, self.kernel_size, self.stride, self.dilation, self.padding, strict=True)
+        size = [(n + before + after - (k - 1) * d - 1) // s + 1 for n, k, s, d, (before, after) in each]
+        if min(size) < 1:
+            raise ValueError(f"x: expected sizes that hold the kernel {self.kernel_size}, got {tuple(entering)}")
+        return size
 
     def _dense(self, x: Tensor) -> Tensor:
         weight = self.to_dense() if self.probe is None else self.to_dense() + self.probe
@@ -293,13 +320,8 @@ class _Conv(BlockSparse):
 
     def to_dense(self) -> Tensor:
         """The weight, times the gates, as (out_channels, in_channels, *kernel_size). Differentiable."""
-        (R, C), (br, bc) = self.layout.grid, self.layout.block
-        blocks = self.gated_weight().flatten(2)  # (kept, br, bc taps)
-        if self.layout.kept < R * C:
-            at = self.layout.rows.long() * C + self.layout.columns.long()
-            blocks = blocks.new_zeros(R * C, *blocks.shape[1:]).index_copy(0, at, blocks)
-        dense = blocks.view(R, C, br, bc * self.taps).transpose(1, 2).reshape(R * br, C * bc, *self.kernel_size)
-        return dense[: self.out_channels, : self.in_channels]
+        dense = _call(_fill, self.gated_weight().flatten(2)[None], self.layout.index, self.out_channels, self.in_channels * self.taps)
+        return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

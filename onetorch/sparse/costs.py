@@ -32,21 +32,10 @@ def _class(tokens: int) -> int:
     return 512 if tokens >= 128 else 64 if tokens >= 16 else 0
 
 
-def dense_weight(values: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """values (1, kept, br, bc) without heads -> (R br, C bc)."""
-    (R, C), (kept, br, bc) = grid, values.shape[1:]
-    if kept == R * C:
-        return values[0].view(R, C, br, bc).transpose(1, 2).reshape(R * br, C * bc)
-    dense = values.new_zeros(R, br, C, bc)
-    rows, columns = index[index.shape[0] - kept :], index[R + 1 : R + 1 + kept]
-    dense.transpose(1, 2)[rows.long(), columns.long()] = values[0]
-    return dense.view(R * br, C * bc)
-
-
 def dense_dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], transpose: bool) -> Tensor | None:
     """None where what came out is not finite: a NaN in an unused block may have met a zero, and the sparse kernel reads only what is used."""
     with torch.autocast("cpu", enabled=False):
-        weight = dense_weight(values, index, grid)
+        weight = cpu.fill(values, index, grid, (grid[0] * values.shape[2], grid[1] * values.shape[3]))[0]
         y = torch.nn.functional.linear(x, weight if transpose else weight.mT, bias).contiguous()
         full = values.shape[1] == grid[0] * grid[1]
         return y if full or bool(y.sum(dtype=torch.float32).isfinite()) else None
@@ -54,10 +43,8 @@ def dense_dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, gri
 
 def dense_sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
     """a (1, 1, R br, K) @ b (1, 1, K, C bc) as a whole, and of that the kept blocks: (1, kept, br, bc)."""
-    kept = (index.shape[0] - sum(grid) - 2) // 4
-    rows, columns = index[index.shape[0] - kept :], index[grid[0] + 1 : grid[0] + 1 + kept]
     with torch.autocast("cpu", enabled=False):
-        return (a @ b).view(grid[0], block[0], grid[1], block[1]).transpose(1, 2)[rows.long(), columns.long()][None]
+        return cpu.take((a @ b)[0], index, grid, block)
 
 
 def break_even(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: str = "dds") -> float:

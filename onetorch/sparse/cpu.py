@@ -110,6 +110,8 @@ def library() -> ctypes.CDLL | None:
     sizes = ctypes.POINTER(i64)
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
+    lib.onetorch_move.argtypes = [pointer, pointer, sizes, pointer, pointer, i32, i32]
+    lib.onetorch_move.restype = None
     attention: list = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
     attention += [ctypes.c_double, pointer]
     lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
@@ -184,6 +186,30 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
         )
     )  # fmt: skip
     return out
+
+
+def fill(values: Tensor, index: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """values (G, kept, br, bc), without heads -> (G, *shape), zeros outside the blocks."""
+    dense = values.new_empty(values.shape[0], *shape)
+    _move(values.contiguous(), dense, index, grid, True)
+    return dense
+
+
+def take(dense: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """dense (G, rows, columns), without heads -> (G, kept, br, bc), zeros beyond the edge."""
+    values = dense.new_empty(dense.shape[0], (index.shape[0] - sum(grid) - 2) // 4, *block)
+    _move(values, dense.contiguous(), index, grid, False)
+    return values
+
+
+def _move(values: Tensor, dense: Tensor, index: Tensor, grid: tuple[int, int], fill: bool) -> None:
+    lib = library()
+    assert lib is not None
+    (br, bc), (rows, columns), width = values.shape[2:], dense.shape[1:], dense.element_size()
+    size, columns_at = _longs(*grid, br, bc * width, rows, columns * width), index.data_ptr() + 4 * (grid[0] + 1)
+    threads = _threads(8 * dense[0].numel()) if dense.shape[0] else 1  # as long as eight multiplications
+    for one, matrix in zip(values, dense, strict=True):
+        lib.onetorch_move(one.data_ptr(), matrix.data_ptr(), size, index.data_ptr(), columns_at, int(fill), threads)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

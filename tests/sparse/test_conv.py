@@ -126,12 +126,18 @@ def test_the_costs_are_measured_once(monkeypatch, tmp_path):
     for density, dense in ((0.25, False), (0.5, True)):  # (29 / 28)^2 (0.25 + 1.5 density): 0.67 and 1.07
         layer = Conv2d(256, 256, 3, patterns.balanced_random((256, 256), 32, density), padding=1)
         assert layer._dense_is_faster(x, [28, 28]) == dense
+        assert layer.choice(28).startswith(f"{'dense' if dense else 'sparse'}: density {density:.3f}, forward and backward by products take")
+    monkeypatch.setattr(conv, "_measure", lambda *_: (0.0, 1.0))  # forward alone has costs of its own
+    assert " forward by products take 0.54 of" in layer.choice(28, 28, backward=False)
+    with torch.no_grad():
+        assert not layer._dense_is_faster(x, [28, 28])
+    assert Conv2d(256, 256, 3, layer.layout, stride=2).choice(28).startswith("dense: density 0.500, products are for stride 1")
 
 
 def test_measuring_leaves_the_generator_alone():
     before = torch.get_rng_state()
     with torch.no_grad():
-        fixed, rising = conv._measure(torch.float32, (64, 64), 1)
+        fixed, rising = conv._measure(torch.float32, (64, 64), 1, False)
     assert fixed + rising > 0
     assert torch.equal(before, torch.get_rng_state())
 

@@ -44,7 +44,7 @@ def test_a_full_layout_is_laid_out_as_its_matrix():
     g = torch.Generator().manual_seed(0)
     layout = Layout.from_mask(torch.ones(3, 2, dtype=torch.bool), (16, 32))
     dense = torch.randn(48, 64, generator=g)
-    assert torch.equal(costs.dense_weight(layout.from_dense(dense)[None], layout.index, layout.grid), dense)
+    assert torch.equal(cpu.fill(layout.from_dense(dense)[None], layout.index, layout.grid, (48, 64))[0], dense)
 
 
 def test_the_dense_product_does_not_read_what_is_not_used(monkeypatch):

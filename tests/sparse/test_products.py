@@ -197,6 +197,28 @@ def test_operators_pass_opcheck(path):
         torch.library.opcheck(products._dds, (z4, v.detach().requires_grad_(), layout.index, None, 20, 24, True))
     for reduce in (False, True):
         torch.library.opcheck(products._sdd, (x4.detach().mT.requires_grad_(), z4, layout.index, 8, 16, reduce))
+    dense = torch.randn(2, 20, 24, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(products._fill, (torch.stack([values, values]).detach().requires_grad_(), layout.index, 20, 24))
+    torch.library.opcheck(products._take, (dense, layout.index, 8, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block", "shape"), [((8, 16), (20, 37)), ((16, 8), (64, 64)), ((8, 32), (30, 40)), ((128, 64), (256, 64))])
+def test_blocks_to_a_dense_matrix_and_back(path, dtype, block, shape):
+    """Against the element mask: zeros outside, nothing read beyond the edge; and each is the other's gradient, twice differentiable."""
+    g = torch.Generator().manual_seed(0)
+    layout = patterns.random(shape, block, 0.6, g)
+    matrix = torch.randn(2, *shape, generator=g).to(dtype)
+    masked = torch.where(layout.element_mask(), matrix, torch.zeros((), dtype=dtype))
+    beyond = layout.from_dense(torch.ones(shape, dtype=dtype)) == 0  # what stands there in the values must not matter
+    values = products._take(matrix, layout.index, *block)
+    assert torch.equal(values, torch.stack([layout.from_dense(one) for one in matrix]))
+    assert torch.equal(products._fill(values.masked_fill(beyond, torch.nan), layout.index, *shape), masked)
+    if dtype == torch.float64:
+        for f, entering in ((lambda v: products._fill(v, layout.index, *shape), values), (lambda d: products._take(d, layout.index, *block), matrix)):
+            assert torch.autograd.gradcheck(f, entering.detach().requires_grad_(), fast_mode=True)
+            assert torch.autograd.gradgradcheck(f, entering.detach().requires_grad_(), fast_mode=True)
+            assert torch.equal(torch.vmap(f)(torch.stack([entering, 2 * entering]))[1], f(2 * entering))
 
 
 def test_compiles_whole_with_dynamic_shapes():

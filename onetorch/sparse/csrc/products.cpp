@@ -176,10 +176,10 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
 // Many rows of X against the transposed matrix of whole blocks: as `some`, the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
 // packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
 template <class T, int VW, int NV, int ROWS>
-inline void lines_of_column(int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
+inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   const int64_t lda = bk / Mode<T>::P;
-  for (int64_t line = 0; line < bn; line += ROWS, sums += ROWS * VW * NV) {
+  for (int64_t line = 0; line < lines; line += ROWS, sums += ROWS * VW * NV) {
     vec<Acc, VW> acc[ROWS][NV];
     if (begin) { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; } }
     else { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = load<vec<Acc, VW>>(sums + (i * NV + j) * VW); } }
@@ -280,6 +280,7 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
   constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
+  constexpr int64_t kLines = 64;  // at a time of a column that takes several passes: their sums, too, stay in the first-level cache
   Buffer<int32_t> place(side.R);
   const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, vectors = (M + VW - 1) / VW;
   int64_t panels = (vectors - 1) / std::max<int64_t>(NV, kPanel / int64_t(depth * VW * sizeof(E))) + 1, splits = 1;
@@ -322,16 +323,20 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
         });
       for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
         const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
-        for (int64_t t = 0; t == 0 || t < n; t += slice)
+        const int64_t lines = n > slice ? std::min<int64_t>(bn, kLines) : bn;
+        for (int64_t line = 0; line < bn; line += lines) {
+          for (int64_t t = 0; t == 0 || t < n; t += slice)
+            for (int64_t g = 0; g < groups; g++)
+              group(g, [&](auto nv, int64_t) {
+                lines_of_column<T, VW, nv(), ROWS>(lines, std::min(slice, n - t), values + ((first + t) * bn + line) * bk, side.rows + first + t, place.data, bk, bn,
+                                                   packed + g * depth * TOKENS, sums + g * lines * TOKENS, t == 0);
+              });
           for (int64_t g = 0; g < groups; g++)
-            group(g, [&](auto nv, int64_t) {
-              lines_of_column<T, VW, nv(), ROWS>(std::min(slice, n - t), values + (first + t) * bk * bn, side.rows + first + t, place.data, bk, bn,
-                                                 packed + g * depth * TOKENS, sums + g * bn * TOKENS, t == 0);
+            group(g, [&](auto nv, int64_t token) {
+              const int64_t n0 = c * bn + line;
+              write_tokens<T, VW, nv()>(sums + g * lines * TOKENS, lines, bias ? bias + n0 : nullptr, y + token * N + n0, N, M - token, past_cache);
             });
-        for (int64_t g = 0; g < groups; g++)
-          group(g, [&](auto nv, int64_t token) {
-            write_tokens<T, VW, nv()>(sums + g * bn * TOKENS, bn, bias ? bias + c * bn : nullptr, y + token * N + c * bn, N, M - token, past_cache);
-          });
+        }
       }
     }
     stream_end();
@@ -513,9 +518,55 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
     }
   }
 }
+
+// The blocks of a layout as a dense matrix with zeros between them, or the blocks of a dense matrix, whose rows of `row` bytes are cut into runs of `run` bytes. Block
+// after block; what lies a row apart is asked for a kilobyte ahead, since the machine does not look that far.
+template <bool FILL, class Length> void move_blocks(char* values, char* dense, Length run, int64_t row, int64_t height, int64_t R, int64_t C, int64_t br, const int32_t* offsets, const int32_t* columns, int threads) {
+  const int64_t ahead = std::max<int64_t>(1, 1024 / run);
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
+  for (int64_t r = 0; r < R; r++) {
+    const int64_t rows = std::min(br, height - r * br);
+    int64_t p = offsets[r];
+    for (int64_t c = 0; c < C; c++) {
+      const bool kept = p < offsets[r + 1] && columns[p] % C == c;
+      if (!kept && !FILL) continue;
+      const int64_t length = std::min<int64_t>(run, row - c * run);
+      char *line = dense + r * br * row + c * run, *block = values + p * br * run;
+      p += kept;
+      for (int64_t i = 0; i < rows; i++, line += row, block += run) {
+        const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
+        for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
+        if (length == run) {
+          if (kept) std::memcpy(FILL ? line : block, FILL ? block : line, run);
+          else std::memset(line, 0, run);
+        } else if (FILL) {
+          if (kept) std::memcpy(line, block, length); else std::memset(line, 0, length);
+        } else {
+          std::memcpy(block, line, length);
+          std::memset(block + length, 0, run - length);
+        }
+      }
+      if (!FILL) for (int64_t i = rows; i < br; i++, block += run) std::memset(block, 0, run);
+    }
+  }
+}
 }  // namespace
 
 extern "C" {
+// size: R, C, rows of a block, bytes of a block's row, rows of the matrix, bytes of its row. `fill`: values to dense, or else dense to values.
+void onetorch_move(void* values, void* dense, const int64_t* size, const int32_t* offsets, const int32_t* columns, int fill, int threads) {
+  auto go = [&](auto run) {
+    auto move = fill ? move_blocks<true, decltype(run)> : move_blocks<false, decltype(run)>;
+    move(static_cast<char*>(values), static_cast<char*>(dense), run, size[5], size[4], size[0], size[1], size[2], offsets, columns, threads);
+  };
+  switch (size[3]) {  // short rows are moved by a few instructions
+    case 32: return go(std::integral_constant<int64_t, 32>{});
+    case 64: return go(std::integral_constant<int64_t, 64>{});
+    case 128: return go(std::integral_constant<int64_t, 128>{});
+    case 256: return go(std::integral_constant<int64_t, 256>{});
+    default: return go(size[3]);
+  }
+}
 // strides in elements; wg = 0: one set of values for all G; order may be null. Returns 0, 1 (out of memory) or 2 (unknown dtype).
 int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* xstride, const void* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn,
                  const int32_t* offsets, const int32_t* rows, const int32_t* order, int64_t R, int64_t C, const void* bias, void* y, int64_t N, int threads) {
