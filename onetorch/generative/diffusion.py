@@ -269,7 +269,7 @@ def train(config: Config, run: Run) -> Diffusion:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         taken = state.scale.take(grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
-        state.divergence.check(loss.item(), state.iteration, "lower --lr and --lr_matrix, or give a longer --warmup")
+        state.divergence.check(loss.item(), state.iteration, "lower --lr and --lr_matrix, or give a longer --warmup or a smaller --max_grad_norm")
         run.phase("gradient")
         for optimizer in state.optimizers:
             if taken:

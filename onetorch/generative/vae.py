@@ -326,8 +326,9 @@ def train(config: Config, run: Run) -> VAE:
         bpd = (kl - told.mean()) / scale
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
-        state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --max_grad_norm")
         if grad_norm <= config.skip_grad_norm:
+            if state.iteration > config.kl_warmup:  # before, the loss is another one in every step
+                state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --skip_grad_norm")
             state.optimizer.step()
             state.ema.update()
         else:

@@ -276,3 +276,25 @@ def test_wrong_options_are_named(wrong: dict) -> None:
         diffusion.evaluate(diffusion.build(TINY), TINY, **wrong)
     with pytest.raises(UsageError, match="no classes"):
         diffusion.evaluate(diffusion.build(replace(TINY, classes=0)), replace(TINY, classes=0), guidance=2.0)
+
+
+def test_a_run_that_diverges_is_ended_with_the_reason(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), steps=50, lr=1.0)
+    with pytest.raises(RunError, match=r"the run diverges: in step \d+ .* lower --lr and --lr_matrix"), start(config, tmp_path / "run") as run:
+        diffusion.train(config, run)
+
+
+def test_rates_follow_the_schedule_and_every_row_counts_the_images(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), schedule="linear", warmup=1, eval_every=6)
+    with start(config, tmp_path / "run") as run:
+        kept, save = [], run.checkpoint
+
+        def checkpoint(state: diffusion.State) -> None:
+            optimizer = state.optimizers[0]
+            kept.append(optimizer.param_groups[0]["lr"])
+            save(state)
+
+        run.checkpoint = checkpoint  # type: ignore[method-assign]
+        diffusion.train(config, run)
+    assert kept == pytest.approx([config.lr * f for f in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert [row["images"] for row in rows_of(tmp_path / "run")] == [8, 16, 24, 32, 40, 48]

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from onetorch.generative import diffusion, fid, glow, schedules, vae
+from onetorch.generative import diffusion, fid, glow, vae
 from onetorch.runs import plan
-from onetorch.runs.errors import RunError
 from onetorch.runs.run import Run
 
 FAMILIES: list[tuple[ModuleType, dict[str, Any]]] = [
@@ -53,34 +52,6 @@ def test_every_row_has_times_images_and_utilisation(family: ModuleType, small: d
         assert row["seconds"] > 0
         assert row["cpu_seconds"] > 0
         assert row["mfu"] > 0
-
-
-@families
-def test_a_run_that_diverges_ends_with_the_reason(family: ModuleType, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Down for 40 steps, then the rate's sign is turned and the gradient climbed."""
-    real = schedules.factor
-    monkeypatch.setattr(schedules, "factor", lambda kind, step, *how: real(kind, step, *how) * (1 if step <= 40 else -5))
-    config = configured(family, small, tmp_path, steps=1000)
-    with pytest.raises(RunError, match=r"the run diverges: in step \d+ the loss .* lower --lr"):
-        train(family, config, tmp_path / "run", "threads=1,dtype=float32")
-    assert 40 < len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 900
-
-
-@families
-def test_the_rate_takes_the_course_that_was_asked_for(family: ModuleType, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, real = set(), schedules.factor
-
-    def factor(kind: schedules.Kind, *how: Any) -> float:
-        asked.add(kind)
-        return real(kind, *how)
-
-    monkeypatch.setattr(schedules, "factor", factor)
-    losses = {}
-    for kind in ("wsd", "cosine", "linear", "constant"):
-        config = configured(family, small, tmp_path, steps=8, schedule=kind)
-        losses[kind] = train(family, config, tmp_path / kind, "threads=1,dtype=float32")[-1]["loss"]
-    assert asked == losses.keys()
-    assert len(set(losses.values())) == 4
 
 
 @families
