@@ -108,19 +108,19 @@ def vpg_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP, lr=3e-4, value_epochs=80, value_minibatches=1)
 
 
-@recipe("dqn", reaches="")
+@recipe("dqn", reaches="mean return 499 of 500 after 50,000 steps (494 to 500 over 10 seeds), 27 CPU-s on one core of a busy machine")
 def dqn(Config: Any) -> Any:
     """Deep Q-Network (DQN), Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518."""
     return Config()
 
 
-@recipe("dqn", reaches="")
+@recipe("dqn", reaches="mean return -78.7 after 100,000 steps (-83 to -74 over 3 seeds), 50 CPU-s on one core of a busy machine")
 def dqn_acrobot(Config: Any) -> Any:
     """DQN on Acrobot-v1."""
     return Config(env="Acrobot-v1", total_steps=100_000, lr=1e-3)
 
 
-@recipe("dqn", reaches="")
+@recipe("dqn", reaches="mean return 99 after 100,000 steps (65 to 117 over 3 seeds), 61 CPU-s on one core of a busy machine")
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
     return Config(env="LunarLander-v3", total_steps=100_000, lr=1e-3, epsilon=0.05, huber=1.0, max_grad_norm=10.0)

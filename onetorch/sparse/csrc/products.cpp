@@ -186,8 +186,9 @@ inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t*
     for (int64_t t = 0; t < n; t++) {
       const U* values = reinterpret_cast<const U*>(w + (t * bn + line) * bk);
       const U* tokens = reinterpret_cast<const U*>(packed + place[rows[t]] * bk * (VW * NV));
-      for (int64_t e = 0; e < ROWS * lda; e += 64 / int64_t(sizeof(U))) __builtin_prefetch(values + (n * bn * lda) + e);  // the same place of the next blocks
-      for (int64_t k = 0; k < lda; k++, tokens += VW * NV) {
+      const U* later = values + n * bn * lda;  // the same place of the next blocks
+      for (int64_t k = 0; k < lda; k++, tokens += VW * NV, later += ROWS) {
+        __builtin_prefetch(later);
         const U* at[ROWS / 4];  // few addresses for many rows
         UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
         vec<U, VW> v[NV];
