@@ -4,7 +4,7 @@ The model is that of Radford et al. (2019) with what has proved quick to train s
 et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed n-grams beside
 those of single tokens (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
 (Jordan et al. 2024), which makes the update orthogonal, embeddings and head by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022).
-Weights are float32; the arithmetic may be bfloat16.
+Weights are float32; the arithmetic may be in fewer bits (`precision.py`).
 
 The learnt vocabulary is a buffer of the model, so that it is in every checkpoint and model folder, under their hashes. Whatever the tokens are, a text is
 judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is. An image
@@ -35,10 +35,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, sampling, schedules
+from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, precision, sampling, schedules
 from onetorch.generative.counts import Counts
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
+from onetorch.generative.muon import Muon
+from onetorch.generative.precision import LossScale
 from onetorch.generative.stream import Stream
 from onetorch.generative.vocabulary import BYTES, Vocabulary
 from onetorch.runs import distributed
@@ -307,7 +309,7 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
     if config.counts:
         mix["params"] += model.trust.parameters()
     if config.optimizer == "muon":
-        first: torch.optim.Optimizer = distributed.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+        first: torch.optim.Optimizer = Muon([matrices], model.dtype, momentum=config.momentum, weight_decay=0.0)
     else:
         first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
     return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
@@ -328,7 +330,7 @@ class State:
     adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
-    scaler: torch.amp.GradScaler  # of the loss, where the arithmetic is float16; else it does nothing
+    scale: LossScale
     generator: torch.Generator  # draws the batches: the position in the data
     stream: Stream | None  # its position, where the data are one
     text: str  # digest of the data
@@ -346,8 +348,8 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride} "
         f"{config.vocabulary} {config.counts}",
-        asked={"dtype": ("float16",)},  # for GPUs without bfloat16
-        dtype=("float32", "bfloat16"),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
+        asked={"dtype": precision.ASKED},
+        dtype=precision.kinds(),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
         attention=paths(config),
         threads=thread_counts(),
     )
@@ -356,10 +358,7 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    scaler = torch.amp.GradScaler(plan["device"], enabled=plan["dtype"] == "float16")
-    if scaler.is_enabled() and distributed.sharding:
-        raise UsageError("--plan dtype=float16 is not for sharded weights: give dtype=bfloat16, or leave out --shard")
-    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), scaler, generator, found.stream, found.digest))
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), LossScale(plan["dtype"]), generator, found.stream, found.digest))
     if state.text != found.digest:
         name = config.dataset or config.data or config.images or ""
         raise RunError(f"data {name}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
@@ -378,18 +377,17 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
-        loss = distributed.mean(gradient(network, window, config.accumulate, bool(config.counts), scaler))
-        for optimizer in (muon, adam):
-            scaler.unscale_(optimizer)
+        loss = distributed.mean(gradient(network, window, config.accumulate, bool(config.counts), state.scale.factor))
+        state.scale.undo(model)
         grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
-        fits = not scaler.is_enabled() or bool(grad_norm.isfinite())  # else the loss was scaled by too much: without this step, the next is scaled by less
-        run.finite(loss=loss, grad_norm=grad_norm if fits else 0.0)
+        taken = state.scale.take(grad_norm)
+        run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, grad_norm)
         for optimizer in (muon, adam):
-            if fits:
+            if taken:
                 optimizer.step()
             optimizer.zero_grad()
         if fits:
@@ -403,28 +401,28 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}", found.images and found.images[1].shape)
         run.phase("evaluation")
-        scaled = {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
-        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm if fits else None, tokens=state.tokens, **scaled, **evaluated)
+        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm if taken else None, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
-def gradient(model: nn.Module, window: Tensor, accumulate: int, counted: bool = False, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-    """The mean loss of a batch of windows, whose gradient, times the scale of `scaler`, is left in the parameters; computed in `accumulate` parts. `counted`:
-    see `nll`."""
+def gradient(model: nn.Module, window: Tensor, accumulate: int, counted: bool = False, scale: float = 1.0) -> Tensor:
+    """The mean loss of a batch of windows, computed in `accumulate` parts; its gradient times `scale` is left in the parameters. `counted`: see `nll`."""
     total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
     for i, part in enumerate(parts, 1):
         with distributed.local(model, i < len(parts)):
             loss = nll(model, part, counted).mean() * (len(part) / len(window))
-            (scaler.scale(loss) if scaler else loss).backward()
+            (loss * scale).backward()
         total += loss.detach()
     return total
 
 
 def prepare(model: GPT, choice: dict) -> GPT:
     """The model on its device, computing as the speed plan says."""
-    model.dtype, model.path = getattr(torch, choice["dtype"]), choice["attention"]
+    model.dtype, model.path = precision.dtype(choice["dtype"]), choice["attention"]
+    if choice["dtype"] == "float8":
+        precision.to_float8(model.blocks)
     return model.to(choice["device"])
 
 
@@ -600,14 +598,5 @@ def compare(
     pixels = draw(model, train.shape, count, generator, **how)
     if media is not None:
         images.write_grid(media / "samples.png", pixels[:100], train.levels, columns=10)
-    network = fid.features(train)
-    reference = network.embed(held_out.pixels)
-    near = fid.distance(network.embed(pixels), reference)
-    results: dict[str, float | int | str] = {"images": len(held_out), "fid": near.fid, "fid_se": near.error, "fid_infinity": near.infinity}
-    if baselines:
-        some = torch.randperm(len(train), generator=generator)[: min(count, len(train))].numpy()
-        apart = fid.distance(network.embed(train.pixels[some]), reference)
-        results |= {"train_fid": apart.fid, "train_fid_se": apart.error, "uniform_bpd": likelihood.uniform(train.levels)}
-        results["histogram_bpd"] = float(likelihood.histogram(train, held_out).mean())
-        results["gaussian_bpd"] = float(likelihood.pca_gaussian(train, held_out)[0].mean())
-    return results
+    results: dict[str, float | int | str] = {"images": len(held_out), **fid.columns(pixels, train, held_out, generator if baselines else None)}
+    return results | (likelihood.baselines(train, held_out) if baselines else {})

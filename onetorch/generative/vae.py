@@ -172,12 +172,12 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, seen: Tensor | None, noise: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """(h, KL (B,), ln p(z) - ln q(z) (B,)); without features seen of an image, z is the prior's and both are zero."""
-        p_mean, p_log_std, more = self.prior(h).split([self.latent, self.latent, h.shape[1]], 1)
+        p_mean, p_log_std, more = self.prior(h).to(h.dtype).split([self.latent, self.latent, h.shape[1]], 1)
         kl = ratio = torch.zeros(len(h), device=h.device)
         if seen is None:
             z = p_mean + temperature * p_log_std.exp() * noise
         else:
-            q_mean, q_log_std = self.posterior(torch.cat([h, seen], 1)).chunk(2, 1)
+            q_mean, q_log_std = self.posterior(torch.cat([h, seen], 1)).to(h.dtype).chunk(2, 1)
             z = q_mean + q_log_std.exp() * noise
             kl = divergence(q_mean, q_log_std, p_mean, p_log_std).flatten(1).sum(1)
             ratio = (log_normal(z, p_mean, p_log_std) - log_normal(z, q_mean, q_log_std)).flatten(1).sum(1)
@@ -186,9 +186,11 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
+    """`dtype` is that of the convolutions where an image is given; the speed plan sets it, it is no part of the model. Densities are in float32."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, torch.float32
         C, H, W = config.shape
         sizes = [(H, W)]
         for _ in config.blocks[1:]:
@@ -209,7 +211,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of x (B, C, H, W) at each size, the coarsest first."""
-        h, found = self.enter(x), []
+        h, found = self.enter(x).to(x.dtype), []
         for i, stage in enumerate(self.encoder):
             if i:
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
@@ -234,11 +236,12 @@ class VAE(nn.Module):
                 h, kl, ratio = block(h, None if seen is None else seen[i], next(drawn), temperature)
                 kls.append(kl)
                 ratios = ratios + ratio
-        return log_odds(self.leave(self.dropout(F.gelu(h))), self.config), torch.stack(kls), ratios
+        return log_odds(self.leave(self.dropout(F.gelu(h))).to(h.dtype), self.config), torch.stack(kls), ratios
 
     def forward(self, pixels: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ln P(x | z) (B,), KL of each block (blocks, B), ln p(z) - ln q(z) (B,)) of levels (B, C, H, W) uint8 at one draw of the latents."""
-        odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), list(noise))
+        with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), list(noise))
         return odds.gather(2, pixels.long().unsqueeze(2)).flatten(1).sum(1), kls, ratio
 
 
@@ -300,9 +303,11 @@ def train(config: Config, run: Run) -> VAE:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"vae {config.blocks} {config.width} {config.inner} {config.latent} {config.pixels} {config.shape} {config.batch}",
+        asked={"dtype": ("bfloat16",)},  # not measured: densities are what this is for, and the last digits of one are lost
+        dtype=("float32",),
         threads=thread_counts(),
     )
-    model, device, digest = build(config).to(plan["device"]), plan["device"], data.digest()
+    model, device, digest = prepare(build(config), plan), plan["device"], data.digest()
     work = flops(model)  # dropout draws from the generators that the next lines bring back
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
@@ -338,8 +343,8 @@ def train(config: Config, run: Run) -> VAE:
                 evaluated |= validate(model, data, held_out, grid)
         if last:
             state.ema.keep(config.ema)
-        evaluated |= {"skipped": state.skipped, "images": state.iteration * config.batch}
-        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, **evaluated)
+        seen = state.iteration * config.batch
+        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, images=seen, skipped=state.skipped, **evaluated)
         run.checkpoint(state)
     model.eval()
     return model
@@ -350,9 +355,15 @@ def load(config: Config) -> tuple[images.Images, images.Images]:
     return images.load(config.data, config.embedded, config.shape, config.levels, None, config.held_out)
 
 
+def prepare(model: VAE, choice: dict) -> VAE:
+    """The model on its device, computing as the speed plan says."""
+    model.dtype = getattr(torch, choice["dtype"])
+    return model.to(choice["device"])
+
+
 def trial(config: Config, choice: dict) -> Callable[[], None]:
     """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
-    model, count = build(config).to(choice["device"]), -(-config.batch // 4)
+    model, count = prepare(build(config), choice), -(-config.batch // 4)
     pixels = torch.zeros(count, *config.shape, dtype=torch.uint8, device=choice["device"])
     noise = model.noise(count, torch.Generator())
 

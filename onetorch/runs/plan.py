@@ -43,13 +43,12 @@ def show(choice: Choice) -> str:
 
 
 def fix(dimensions: dict[str, tuple[Any, ...]], fixed: dict[str, str], asked: dict[str, tuple[Any, ...]] | None = None) -> dict[str, tuple[Any, ...]]:
-    """`dimensions` with the fixed ones narrowed to one candidate; UsageError for a name or value that is not there. `asked` are candidates that nobody gets
-    who does not fix them."""
+    """`dimensions` with the fixed ones narrowed to one candidate, which may be one of `asked` too; UsageError for a name or value that is not there."""
     narrowed = dict(dimensions)
     for name, text in fixed.items():
         if name not in dimensions:
             raise UsageError(f"--plan: there is no choice {name!r}{nearest(name, dimensions)}; this one has {', '.join(dimensions)}")
-        candidates = (*dimensions[name], *(asked or {}).get(name, ()))
+        candidates = (*dimensions[name], *(v for v in (asked or {}).get(name, ()) if v not in dimensions[name]))
         options = [v for v in candidates if str(v) == text]
         if not options and all(type(v) is int for v in dimensions[name]) and text.isdigit() and int(text) > 0:
             options = [int(text)]  # any number of threads or environments may be asked for, measured or not

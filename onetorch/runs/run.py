@@ -253,8 +253,8 @@ class Run:
 
         Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a
         function of no arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the
-        model's size). `asked` holds more candidates of a dimension, which are taken where `--plan` asks for them alone. A resumed run keeps its plan, `--plan`
-        fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and torch has its `threads`.
+        model's size). `asked` are more candidates of a dimension, which are chosen where `--plan` asks for them and not measured else. A resumed run keeps its
+        plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
         if self._threads and "threads" in dimensions:
@@ -471,7 +471,8 @@ class Run:
     def _peak_flops(self) -> float:
         if self._peak is None:
             chosen, begin = self.record["plan"], time.perf_counter()
-            self._peak = peak.peak(chosen.get("dtype", "float32"), torch.get_num_threads(), chosen.get("device", "cpu")) * distributed.world()
+            dtype = chosen.get("dtype", "float32").replace("float8", "bfloat16")  # of what is left in it when the largest products are in float8
+            self._peak = peak.peak(dtype, torch.get_num_threads(), chosen.get("device", "cpu")) * distributed.world()
             self.say(f"peak: {self._peak / 1e9:,.0f} GFLOP/s in matrix products, found in {time.perf_counter() - begin:.1f} s")
         return self._peak
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def model_with_weights(config: Config = TINY) -> diffusion.Diffusion:
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "unet"])
+def test_float16_takes_the_steps_of_float32(backbone: Literal["transformer", "unet"], tmp_path: Path) -> None:
+    config, found = replace(TINY, data=write_data(tmp_path), backbone=backbone, steps=12, eval_every=12), {}
+    for dtype in ("float32", "float16"):
+        with Run(tmp_path / dtype, config, fixed=plan.parse(PLAN.replace("float32", dtype)), quiet=True) as run:
+            diffusion.train(config, run)
+        found[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+    assert found["float16"] != found["float32"]
+    assert found["float16"] == pytest.approx(found["float32"], rel=0.05)
+    assert found["float16"][-1] < found["float16"][0]
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def test_a_signal_to_the_command_stops_all_of_them_after_saving(tmp_path: Path) 
 
 
 def test_under_torchrun_and_sharded_the_losses_are_those_of_one_process(tmp_path: Path) -> None:
-    words = ["train", "gpt", "--data", text_file(tmp_path), "--steps", 4, *TINY, "--optimizer", "adamw", "--lr_matrix", 0.003, "--dir"]
+    """Muon's bfloat16 would carry another order of its products' sums beyond 1e-5 in the fifth step."""
+    words = ["train", "gpt", "--data", text_file(tmp_path), "--steps", 8, *TINY, "--dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     starter = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "-m", "onetorch", *words]
     two = subprocess.Popen([sys.executable, *map(str, starter), tmp_path / "two", "--shard"], env=environment, stderr=subprocess.PIPE, text=True)
@@ -127,7 +128,7 @@ def test_under_torchrun_and_sharded_the_losses_are_those_of_one_process(tmp_path
     _, said = two.communicate(timeout=PATIENCE)
     assert two.returncode == 0, said
     found = [rows(tmp_path / name) for name in ("one", "two")]
-    assert [r["step"] for r in found[0]] == [1, 2, 3, 4]
+    assert [r["step"] for r in found[0]] == list(range(1, 9))
     for mine, theirs in zip(*found, strict=True):
         assert theirs == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in mine.items()}
     record = json.loads((tmp_path / "two" / "run.json").read_bytes())
