@@ -36,7 +36,8 @@ def ours(steps: int, seed: int, num_envs: int) -> dict[str, Any]:
     every = max(4, num_envs)
     config = dqn.Config(
         seed=seed, total_steps=steps, num_envs=num_envs, hidden=(64, 64), batch_size=32, update_every=every, updates=every // 4, update_after=100, lr=1e-4,
-        replay=1_000_000, target_every=2500, tau=1.0, epsilon=0.05, epsilon_fraction=0.1, double=False, anneal=False, n_step=1,
+        replay=1_000_000, target_every=2500, tau=1.0, epsilon=0.05, epsilon_fraction=0.1, double=False, anneal=False, n_step=1, adam_eps=1e-8, huber=1.0,
+        max_grad_norm=10.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         # Only the state at the end is saved: stable-baselines3 saves nothing.

@@ -84,9 +84,11 @@ def _images(config: Any, found: Images) -> Corpus:
 
 
 def spell(model: Any, corpus: Corpus, config: Any) -> tuple[Any, Any]:
-    """(what to train on, what is held out) in the model's tokens. A model that has no vocabulary yet learns one from what is trained on."""
+    """(what to train on, what is held out) in the model's tokens. A model that has no vocabulary or no counts yet takes them from what is trained on."""
     if corpus.images or isinstance(corpus.train, data.Shards):
         return corpus.train, corpus.held_out
+    if config.counts and not model.counts.length:
+        model.counts.count(corpus.train)
     vocabulary = model.vocabulary()
     if vocabulary is None:
         try:

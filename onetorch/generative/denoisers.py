@@ -151,7 +151,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             return self._forward(x, t, labels, sdpa)
 
     def _forward(self, x: Tensor, t: Tensor, labels: Tensor, sdpa: bool) -> Tensor:

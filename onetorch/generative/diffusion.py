@@ -36,9 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from onetorch.generative import fid, images, likelihood, paths, schedules
+from onetorch.generative import fid, images, likelihood, paths, precision, schedules
 from onetorch.generative.denoisers import Transformer, UNet
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
+from onetorch.generative.precision import LossScale
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
@@ -69,7 +71,8 @@ class Config:
     lr_matrix: float = 0.02  # Muon's step size: matrices of the transformer's blocks
     weight_decay: float = 0.0  # of both
     warmup: int = 20  # steps in which the rates rise from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates fall to zero; 0: they stay
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rates after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall to zero; 0: they stay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which samples and ends the run
     sampler: Sampler = "heun"  # of samples while training and in the end
@@ -227,6 +230,8 @@ class State:
     model: Diffusion
     optimizers: list[torch.optim.Optimizer]
     ema: EMA
+    divergence: Divergence
+    scale: LossScale
     generator: torch.Generator  # draws batches, times and noise: the position in the data
     data: str  # digest of the images
     iteration: int = 0
@@ -238,14 +243,15 @@ def train(config: Config, run: Run) -> Diffusion:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"diffusion {config.backbone} {config.width} {config.depth} {config.patch} {config.stages} {config.shape} {config.batch}",
-        dtype=("float32", "bfloat16"),
+        asked={"dtype": precision.ASKED if config.backbone == "transformer" else ("float16",)},
+        dtype=precision.kinds(),
         threads=thread_counts(),
         attention=("explicit", "sdpa"),
         layout=("contiguous_format", "channels_last") if config.backbone == "unet" else ("contiguous_format",),
     )
     model, device = prepare(build(config), plan), plan["device"]
-    digest = data.digest()
-    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), torch.Generator().manual_seed(config.seed), digest))
+    digest, generator = data.digest(), torch.Generator().manual_seed(config.seed)
+    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), Divergence(), LossScale(plan["dtype"]), generator, digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work = flops(model)
@@ -253,17 +259,21 @@ def train(config: Config, run: Run) -> Diffusion:
     for state.iteration in run.steps(state.iteration, config.steps):
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                kind: schedules.Kind = "wsd" if config.decay else "constant"
+                kind: schedules.Kind = config.schedule if config.decay or config.schedule != "wsd" else "constant"
                 group["lr"] = group["rate"] * schedules.factor(kind, state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
         run.phase("batch")
         loss = losses(model, x0, t, eps, labels).mean()
-        loss.backward()
+        (loss * state.scale.factor).backward()
+        state.scale.undo(model)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        run.finite(loss=loss, grad_norm=grad_norm)
+        taken = state.scale.take(grad_norm)
+        run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
+        state.divergence.check(loss.item(), state.iteration, "lower --lr and --lr_matrix, or give a longer --warmup or a smaller --max_grad_norm")
         run.phase("gradient")
         for optimizer in state.optimizers:
-            optimizer.step()
+            if taken:
+                optimizer.step()
             optimizer.zero_grad()
         state.ema.update()
         run.phase("update")
@@ -277,7 +287,8 @@ def train(config: Config, run: Run) -> Diffusion:
         if last:
             state.ema.keep(config.ema)
         run.phase("evaluation")
-        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=grad_norm, **evaluated)
+        seen, norm = state.iteration * config.batch, grad_norm if taken else None
+        run.log(state.iteration, flops=work * config.batch, loss=loss, grad_norm=norm, images=seen, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return model
@@ -300,7 +311,9 @@ def draw(data: images.Images, config: Config, generator: torch.Generator) -> tup
 
 def prepare(model: Diffusion, choice: dict) -> Diffusion:
     """The model on its device, computing as the speed plan says."""
-    model.dtype, model.sdpa = getattr(torch, choice["dtype"]), choice["attention"] == "sdpa"
+    model.dtype, model.sdpa = precision.dtype(choice["dtype"]), choice["attention"] == "sdpa"
+    if choice["dtype"] == "float8":
+        precision.to_float8(model.net.blocks)  # type: ignore[arg-type]
     model.layout = getattr(torch, choice["layout"])  # of activations; weights stay as they are, for a fused optimizer takes their state to lie as they do
     return model.to(choice["device"])
 

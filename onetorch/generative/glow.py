@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
@@ -60,7 +61,8 @@ class Config:
     lr: float = 2e-3  # AdamW's step size
     weight_decay: float = 0.1  # of AdamW: convolutions of the couplings
     warmup: int = 50  # steps in which the rate rises from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate falls to zero
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rate after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate of wsd falls to zero
     max_grad_norm: float = 50.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which is evaluated and ends the run
     temperature: float = 0.8  # of samples: what the noise's standard deviation is multiplied with
@@ -155,14 +157,15 @@ class Zero(nn.Module):
 class Coupling(nn.Module):
     def __init__(self, channels: int, width: int, affine: bool) -> None:
         super().__init__()
-        self.kept, self.affine, changed = channels // 2, affine, channels - channels // 2
+        self.kept, self.affine, self.dtype, changed = channels // 2, affine, torch.float32, channels - channels // 2
         self.net = nn.Sequential(
             nn.Conv2d(self.kept, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), Zero(width, changed * (1 + affine))
         )  # fmt: skip
 
     def parts(self, x1: Tensor) -> tuple[Tensor, Tensor]:
         """(t, ln s) of x1; the logarithm lies between -2 and 2, so that no image outside the training set can blow up."""
-        out = self.net(x1)
+        with torch.autocast(x1.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.net(x1).to(x1.dtype)
         if not self.affine:
             return out, torch.zeros_like(out)
         t, raw = out.chunk(2, 1)
@@ -336,6 +339,7 @@ class State:
     model: Glow
     optimizer: torch.optim.Optimizer
     ema: EMA
+    divergence: Divergence
     generator: torch.Generator  # draws batches and noise: the position in the data
     data: str  # digest of the images
     iteration: int = 0
@@ -347,24 +351,27 @@ def train(config: Config, run: Run) -> Glow:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"glow {config.scales} {config.steps_per_scale} {config.width} {config.coupling} {config.shape} {config.batch}",
+        asked={"dtype": ("bfloat16",)},  # not measured: densities are what this is for, and the last digits of one are lost
+        dtype=("float32",),
         threads=thread_counts(),
     )
     device = plan["device"]
-    model, generator, digest = build(config).to(device), torch.Generator().manual_seed(config.seed), data.digest()
+    model, generator, digest = prepare(build(config), plan), torch.Generator().manual_seed(config.seed), data.digest()
     initialise(model, data, generator)
-    state = run.restore(State(model, optimizer_of(model, config), EMA(model, (config.ema,)), generator, digest))
+    state = run.restore(State(model, optimizer_of(model, config), EMA(model, (config.ema,)), Divergence(), generator, digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work, D = flops(model), math.prod(config.shape)
 
     for state.iteration in run.steps(state.iteration, config.steps):
         for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
+            group["lr"] = config.lr * schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay)
         x = dequantise(images.batch(data, config.batch, state.generator)[0], config, state.generator).to(device)
         bpd = nats(model, x).mean() / D / math.log(2)
         bpd.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
+        state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --max_grad_norm")
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.ema.update()
@@ -377,7 +384,8 @@ def train(config: Config, run: Run) -> Glow:
                 evaluated |= validate(model, data, held_out, grid)
         if last:
             state.ema.keep(config.ema)
-        run.log(state.iteration, flops=work * config.batch, loss=bpd, grad_norm=grad_norm, **evaluated)
+        seen = state.iteration * config.batch
+        run.log(state.iteration, flops=work * config.batch, loss=bpd, grad_norm=grad_norm, images=seen, **evaluated)
         run.checkpoint(state)
     return model
 
@@ -394,9 +402,17 @@ def initialise(model: Glow, data: images.Images, generator: torch.Generator, cou
     model(dequantise(pixels, model.config, generator).to(next(model.parameters()).device), initialise=True)
 
 
+def prepare(model: Glow, choice: dict) -> Glow:
+    """The model on its device; the networks in its couplings, the same forward and inverse, compute as the speed plan says."""
+    for module in model.modules():
+        if isinstance(module, Coupling):
+            module.dtype = getattr(torch, choice["dtype"])
+    return model.to(choice["device"])
+
+
 def trial(config: Config, choice: dict) -> Callable[[], None]:
     """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
-    model = build(config).to(choice["device"])
+    model = prepare(build(config), choice)
     x = torch.rand(-(-config.batch // 4), *model.padded).to(choice["device"]) - 0.5
     return lambda: nats(model, x).mean().backward()
 

@@ -4,7 +4,7 @@ The model is that of Radford et al. (2019) with what has proved quick to train s
 et al. 2020), squared ReLU (So et al. 2021), layer norms without gain, output projections that begin at zero, and embeddings of hashed n-grams beside
 those of single tokens (as in Clark et al. 2022). Attention is dense or one of the Sparse Transformer's patterns (`attention.py`). Matrices are trained by Muon
 (Jordan et al. 2024), which makes the update orthogonal, embeddings and head by Adam; the rate is constant and then falls linearly to zero (Zhai et al. 2022).
-Weights are float32; the arithmetic may be bfloat16.
+Weights are float32; the arithmetic may be in fewer bits (`precision.py`).
 
 The learnt vocabulary is a buffer of the model, so that it is in every checkpoint and model folder, under their hashes. Whatever the tokens are, a text is
 judged in bits per byte: nats of all tokens over ln 2 times their bytes. Of token shards the bytes are not known, and nats per token are all there is. An image
@@ -35,9 +35,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, sampling, schedules
+from onetorch.generative import attention, corpus, data, fid, images, likelihood, ngram, precision, sampling, schedules
+from onetorch.generative.counts import Counts
 from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
+from onetorch.generative.muon import Muon
+from onetorch.generative.precision import LossScale
 from onetorch.generative.stream import Stream
 from onetorch.generative.vocabulary import BYTES, Vocabulary
 from onetorch.runs import distributed
@@ -66,6 +69,8 @@ class Config:
     ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of the n-grams of tokens that are embedded too
     ngram_rows: int = 131_072  # rows of the table of hashed n-grams, shared by all orders
     ngram_width: int = 32  # columns of it
+    counts: int = 0  # bytes of the longest n-gram that is counted in the text trained on; the logits begin as its log-probabilities (0: none are, or 2 to 7)
+    count_bytes: int = 1 << 20  # bytes of that text that are counted, the last ones; they are kept in the model
     attention: Literal["dense", "local", "strided", "fixed"] = "dense"  # what a token sees: all before it, or a pattern of the Sparse Transformer
     stride: int = 128  # of the sparse patterns, in tokens
     rotary_base: float = 1000.0  # longest wavelength of the rotary positions, in units of 2 pi tokens
@@ -93,7 +98,7 @@ class Config:
     eval_seconds: float = 1.0  # writing them stops after so long
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "layers", "heads", "width", "ngram_rows", "ngram_width", "warmup", "eval_every", "accumulate"):
+        for name in ("steps", "batch", "context", "layers", "heads", "width", "ngram_rows", "ngram_width", "count_bytes", "warmup", "eval_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr_matrix", "lr_embedding", "lr_head", "clip", "base_width", "base_batch"):
@@ -114,6 +119,8 @@ class Config:
             raise ValueError(f"stride must lie in 64 to the context of {self.context}, got {self.stride}")
         if not all(2 <= n <= 6 for n in self.ngram_orders):
             raise ValueError(f"ngram_orders must lie in 2 to 6, got {self.ngram_orders}")
+        if self.counts and not (2 <= self.counts <= 7 and self.vocabulary == 256 and self.images is None and self.dataset is None):
+            raise ValueError(f"counts must be 0 or 2 to 7, the latter for bytes of a text alone (vocabulary 256, no images, no dataset), got {self.counts}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 < self.decay <= 1:
@@ -194,6 +201,11 @@ class GPT(nn.Module):
         D = config.width // config.heads
         angle = torch.arange(config.context)[:, None] * config.rotary_base ** -(torch.arange(D // 2) * 2 / D)  # (T, D / 2)
         cos_sin = torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], 1)])  # (2, T, D)
+        if config.counts:
+            self.counts = Counts(config.count_bytes, config.counts)
+            self.trust = nn.Linear(config.width + config.counts, 1)  # what the log-probabilities of the counts are multiplied by
+            nn.init.zeros_(self.trust.weight)
+            nn.init.ones_(self.trust.bias)
         self.register_buffer("rotary", cos_sin[:, :, None, None], persistent=False)
         if config.vocabulary != BYTES:
             self.register_buffer("merges", torch.full((max(config.vocabulary - BYTES, 0), 2), -1, dtype=torch.int32))
@@ -222,10 +234,11 @@ class GPT(nn.Module):
             self._seen[T] = [attention.pattern(c.attention, T, c.stride, i, c.heads).to(self.rotary.device) for i in range(c.layers)]
         return self._seen[T]
 
-    def forward(self, tokens: Tensor, cache: attention.Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: attention.Cache | None = None, counted: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 of the token after each of tokens (B, T) int64, T at most the context.
 
-        With a cache the first `cache.length` tokens have been seen already, and the logits are those after the others.
+        With a cache the first `cache.length` tokens have been seen already, and the logits are those after the others. `counted` (B, T) are these, where they
+        stand in the text that was counted (`counts.py`).
         """
         start, T = cache.length if cache else 0, tokens.size(1)
         x = self.tokens(tokens[:, start:]).to(self.dtype)  # (B, T, C)
@@ -238,7 +251,12 @@ class GPT(nn.Module):
             x = block(x, rotary, functools.partial(self._attend, layer, start, cache))
         if cache:
             cache.length = T
-        return self.head(norm(x)).float()
+        x = norm(x)
+        logits = self.head(x).float()
+        if not self.config.counts:
+            return logits
+        known, shares = self.counts(tokens, start, counted)
+        return torch.addcmul(logits, self.trust(torch.cat([x.float(), shares], -1)), known)
 
     def _attend(self, layer: int, start: int, cache: attention.Cache | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if cache:
@@ -259,9 +277,10 @@ def paths(config: Config) -> tuple[str, ...]:
     return ("explicit", "sdpa") if config.context <= attention.LONG else ("blocks", "sdpa")
 
 
-def nll(model: nn.Module, window: Tensor) -> Tensor:
-    """-ln p (B, T) of each token of window (B, T + 1) but the first, given those before it in the window."""
-    logits = model(window[:, :-1])  # (B, T, V)
+def nll(model: nn.Module, window: Tensor, counted: bool = False) -> Tensor:
+    """-ln p (B, T) of each token of window (B, T + 1) but the first, given those before it in the window. Where the window was `counted` itself, it is not by
+    its own counts."""
+    logits = model(window[:, :-1], counted=window[:, 1:]) if counted else model(window[:, :-1])  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
 
 
@@ -286,9 +305,11 @@ def optimizers(model: GPT, config: Config) -> tuple[torch.optim.Optimizer, torch
     matrices: dict[str, Any] = {"params": model.blocks.parameters(), "rate": config.lr_matrix * grown}
     tables = {"params": [model.tokens.weight, model.ngrams.weight], "rate": config.lr_embedding * grown}
     head = {"params": [model.head.weight], "rate": config.lr_head * grown * narrowed}
-    mix = {"params": [model.mix.weight], "rate": config.lr_head * grown}
+    mix: dict[str, Any] = {"params": [model.mix.weight], "rate": config.lr_head * grown}
+    if config.counts:
+        mix["params"] += model.trust.parameters()
     if config.optimizer == "muon":
-        first: torch.optim.Optimizer = torch.optim.Muon([matrices], momentum=config.momentum, weight_decay=0.0)
+        first: torch.optim.Optimizer = Muon([matrices], model.dtype, momentum=config.momentum, weight_decay=0.0)
     else:
         first = torch.optim.AdamW([matrices | {"rate": matrices["rate"] * narrowed}], betas=(config.momentum, 0.99), weight_decay=0.1, fused=True)
     return first, torch.optim.AdamW([tables, head, mix], betas=(0.8, 0.95), weight_decay=0.0, fused=True)
@@ -309,6 +330,7 @@ class State:
     adam: torch.optim.Optimizer  # of the rest
     ema: EMA
     divergence: Divergence
+    scale: LossScale
     generator: torch.Generator  # draws the batches: the position in the data
     stream: Stream | None  # its position, where the data are one
     text: str  # digest of the data
@@ -325,9 +347,10 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"gpt {config.layers} {config.heads} {config.width} {config.context} {config.batch} {config.ngram_rows} {config.attention} {config.stride} "
-        f"{config.vocabulary}",
+        f"{config.vocabulary} {config.counts}",
+        asked={"dtype": precision.ASKED},
+        dtype=precision.kinds(),  # before attention: sdpa is the faster one in float32 and four times the slower one in bfloat16
         attention=paths(config),
-        dtype=("float32", "bfloat16"),
         threads=thread_counts(),
     )
     model = prepare(build(config), plan)
@@ -335,7 +358,7 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
     network = distributed.wrap(model, model.blocks)
     muon, adam = optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), generator, found.stream, found.digest))
+    state = run.restore(State(model, muon, adam, EMA(model, config.ema), Divergence(), LossScale(plan["dtype"]), generator, found.stream, found.digest))
     if state.text != found.digest:
         name = config.dataset or config.data or config.images or ""
         raise RunError(f"data {name}: the text is not the one this run was begun with (sha-256 {state.text}…, now {found.digest}…); put it back")
@@ -354,17 +377,22 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         T = max(round(config.context * schedules.staged(state.iteration, config.steps, config.context_stages)), 1)
         window = data.batch(train_tokens, rows, T, state.generator)[distributed.part(rows)].to(plan["device"])
         run.phase("batch")
-        loss = distributed.mean(gradient(network, window, config.accumulate))
+        loss = distributed.mean(gradient(network, window, config.accumulate, bool(config.counts), state.scale.factor))
+        state.scale.undo(model)
         grad_norm = distributed.plain(nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
         run.phase("gradient")
-        run.finite(loss=loss, grad_norm=grad_norm)
+        taken = state.scale.take(grad_norm)
+        run.finite(loss=loss, grad_norm=grad_norm if taken else 0.0)
         state.divergence.check(loss.item(), state.iteration, "lower --lr_matrix, --lr_embedding and --lr_head, or give a longer --warmup or --clip 1")
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, grad_norm)
         for optimizer in (muon, adam):
-            optimizer.step()
+            if taken:
+                optimizer.step()
             optimizer.zero_grad()
-        state.ema.update()
+        if fits:
+            state.ema.update()
+        scaler.update()
         if state.iteration == config.steps and config.final == "ema":
             state.ema.keep(config.ema[0])
         state.tokens += rows * T
@@ -373,26 +401,28 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
         if state.iteration % config.eval_every == 0 or state.iteration == config.steps:
             evaluated = validate(model, state.ema, held_out, run.media / f"samples-{state.iteration:08}", found.images and found.images[1].shape)
         run.phase("evaluation")
-        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm, tokens=state.tokens, **evaluated)
+        run.log(state.iteration, flops=rows * cost(T), loss=loss, grad_norm=grad_norm if taken else None, tokens=state.tokens, **evaluated)
         run.checkpoint(state)
         run.phase("logging")
     return distributed.unwrap(model, lambda: prepare(build(config), plan))
 
 
-def gradient(model: nn.Module, window: Tensor, accumulate: int) -> Tensor:
-    """The mean loss of a batch of windows, whose gradient is left in the parameters; computed in `accumulate` parts."""
+def gradient(model: nn.Module, window: Tensor, accumulate: int, counted: bool = False, scale: float = 1.0) -> Tensor:
+    """The mean loss of a batch of windows, computed in `accumulate` parts; its gradient times `scale` is left in the parameters. `counted`: see `nll`."""
     total, parts = torch.zeros((), device=window.device), window.chunk(accumulate)
     for i, part in enumerate(parts, 1):
         with distributed.local(model, i < len(parts)):
-            loss = nll(model, part).mean() * (len(part) / len(window))
-            loss.backward()
+            loss = nll(model, part, counted).mean() * (len(part) / len(window))
+            (loss * scale).backward()
         total += loss.detach()
     return total
 
 
 def prepare(model: GPT, choice: dict) -> GPT:
     """The model on its device, computing as the speed plan says."""
-    model.dtype, model.path = getattr(torch, choice["dtype"]), choice["attention"]
+    model.dtype, model.path = precision.dtype(choice["dtype"]), choice["attention"]
+    if choice["dtype"] == "float8":
+        precision.to_float8(model.blocks)
     return model.to(choice["device"])
 
 
@@ -568,14 +598,5 @@ def compare(
     pixels = draw(model, train.shape, count, generator, **how)
     if media is not None:
         images.write_grid(media / "samples.png", pixels[:100], train.levels, columns=10)
-    network = fid.features(train)
-    reference = network.embed(held_out.pixels)
-    near = fid.distance(network.embed(pixels), reference)
-    results: dict[str, float | int | str] = {"images": len(held_out), "fid": near.fid, "fid_se": near.error, "fid_infinity": near.infinity}
-    if baselines:
-        some = torch.randperm(len(train), generator=generator)[: min(count, len(train))].numpy()
-        apart = fid.distance(network.embed(train.pixels[some]), reference)
-        results |= {"train_fid": apart.fid, "train_fid_se": apart.error, "uniform_bpd": likelihood.uniform(train.levels)}
-        results["histogram_bpd"] = float(likelihood.histogram(train, held_out).mean())
-        results["gaussian_bpd"] = float(likelihood.pca_gaussian(train, held_out)[0].mean())
-    return results
+    results: dict[str, float | int | str] = {"images": len(held_out), **fid.columns(pixels, train, held_out, generator if baselines else None)}
+    return results | (likelihood.baselines(train, held_out) if baselines else {})

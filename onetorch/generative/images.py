@@ -322,7 +322,7 @@ def parts(images: Images, held_out: Literal["validation", "tuning"], name: Path 
     chosen = (fifth != 0, fifth == 0) if held_out == "validation" else (fifth > 1, fifth == 1)
     train, rest = (np.flatnonzero(c) for c in chosen)
     if min(len(train), len(rest)) < 2:
-        raise UsageError(f"data {name or ''}: too few, {len(images)} images; a fifth of them must be at least two")
+        raise UsageError(f"{f'data {name}' if name else 'embedded images'}: too few, {len(images)} images; a fifth of them must be at least two")
     return images.take(train), images.take(rest)
 
 
@@ -331,7 +331,7 @@ def check(images: Images, shape: tuple[int, ...], levels: int, classes: int | No
     if images.shape != shape or images.levels != levels or classes not in (None, 0, len(images.names)):
         said, flag = ("", "") if classes is None else (f", {classes} classes", f" --classes {len(images.names)}")
         fits = f"--shape {','.join(map(str, images.shape))} --levels {images.levels}{flag}"
-        raise UsageError(f"data {name or ''}: the config is for {shape}, {levels} levels{said}; for these images give {fits}")
+        raise UsageError(f"{f'data {name}' if name else 'embedded images'}: the config is for {shape}, {levels} levels{said}; for these images give {fits}")
 
 
 def load(

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onetorch.generative import fid, images, likelihood, schedules
+from onetorch.generative.divergence import Divergence
 from onetorch.generative.ema import EMA
 from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.plan import thread_counts
@@ -64,7 +65,8 @@ class Config:
     lr: float = 2e-3  # AdamW's step size
     weight_decay: float = 0.05  # of AdamW
     warmup: int = 50  # steps in which the rate rises from zero
-    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate falls to zero
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # course of the rate after the warm-up; wsd: constant, at last a line down
+    decay: float = 0.5  # fraction of the steps, the last ones, in which the rate of wsd falls to zero
     kl_warmup: int = 200  # steps in which the weight of the KL rises to one
     max_grad_norm: float = 200.0  # gradients (of nats an image) are scaled down to this norm
     skip_grad_norm: float = 2000.0  # a step with a longer gradient is left out
@@ -170,12 +172,12 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, seen: Tensor | None, noise: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """(h, KL (B,), ln p(z) - ln q(z) (B,)); without features seen of an image, z is the prior's and both are zero."""
-        p_mean, p_log_std, more = self.prior(h).split([self.latent, self.latent, h.shape[1]], 1)
+        p_mean, p_log_std, more = self.prior(h).to(h.dtype).split([self.latent, self.latent, h.shape[1]], 1)
         kl = ratio = torch.zeros(len(h), device=h.device)
         if seen is None:
             z = p_mean + temperature * p_log_std.exp() * noise
         else:
-            q_mean, q_log_std = self.posterior(torch.cat([h, seen], 1)).chunk(2, 1)
+            q_mean, q_log_std = self.posterior(torch.cat([h, seen], 1)).to(h.dtype).chunk(2, 1)
             z = q_mean + q_log_std.exp() * noise
             kl = divergence(q_mean, q_log_std, p_mean, p_log_std).flatten(1).sum(1)
             ratio = (log_normal(z, p_mean, p_log_std) - log_normal(z, q_mean, q_log_std)).flatten(1).sum(1)
@@ -184,9 +186,11 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
+    """`dtype` is that of the convolutions where an image is given; the speed plan sets it, it is no part of the model. Densities are in float32."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, torch.float32
         C, H, W = config.shape
         sizes = [(H, W)]
         for _ in config.blocks[1:]:
@@ -207,7 +211,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of x (B, C, H, W) at each size, the coarsest first."""
-        h, found = self.enter(x), []
+        h, found = self.enter(x).to(x.dtype), []
         for i, stage in enumerate(self.encoder):
             if i:
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
@@ -232,11 +236,12 @@ class VAE(nn.Module):
                 h, kl, ratio = block(h, None if seen is None else seen[i], next(drawn), temperature)
                 kls.append(kl)
                 ratios = ratios + ratio
-        return log_odds(self.leave(self.dropout(F.gelu(h))), self.config), torch.stack(kls), ratios
+        return log_odds(self.leave(self.dropout(F.gelu(h))).to(h.dtype), self.config), torch.stack(kls), ratios
 
     def forward(self, pixels: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ln P(x | z) (B,), KL of each block (blocks, B), ln p(z) - ln q(z) (B,)) of levels (B, C, H, W) uint8 at one draw of the latents."""
-        odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), list(noise))
+        with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            odds, kls, ratio = self.generate(self.encode(images.scale(pixels, self.config.levels)), list(noise))
         return odds.gather(2, pixels.long().unsqueeze(2)).flatten(1).sum(1), kls, ratio
 
 
@@ -285,6 +290,7 @@ class State:
     model: VAE
     optimizer: torch.optim.Optimizer
     ema: EMA
+    divergence: Divergence
     generator: torch.Generator  # draws batches and noise: the position in the data
     data: str  # digest of the images
     skipped: int = 0  # steps left out for their gradient
@@ -297,19 +303,21 @@ def train(config: Config, run: Run) -> VAE:
     plan = run.plan(
         lambda choice: trial(config, choice),
         key=f"vae {config.blocks} {config.width} {config.inner} {config.latent} {config.pixels} {config.shape} {config.batch}",
+        asked={"dtype": ("bfloat16",)},  # not measured: densities are what this is for, and the last digits of one are lost
+        dtype=("float32",),
         threads=thread_counts(),
     )
-    model, device, digest = build(config).to(plan["device"]), plan["device"], data.digest()
+    model, device, digest = prepare(build(config), plan), plan["device"], data.digest()
     work = flops(model)  # dropout draws from the generators that the next lines bring back
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), torch.Generator().manual_seed(config.seed), digest))
+    state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     scale = math.prod(config.shape) * math.log(2)
 
     for state.iteration in run.steps(state.iteration, config.steps):
         for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * schedules.factor("wsd", state.iteration, config.steps, config.warmup, config.decay)
+            group["lr"] = config.lr * schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay)
         pixels = images.batch(data, config.batch, state.generator)[0].to(device)
         told, kls, _ = model(pixels, *model.noise(config.batch, state.generator))
         kl = kls.sum(0).mean()
@@ -319,6 +327,8 @@ def train(config: Config, run: Run) -> VAE:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
         if grad_norm <= config.skip_grad_norm:
+            if state.iteration > config.kl_warmup:  # before, the loss is another one in every step
+                state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --skip_grad_norm")
             state.optimizer.step()
             state.ema.update()
         else:
@@ -333,7 +343,8 @@ def train(config: Config, run: Run) -> VAE:
                 evaluated |= validate(model, data, held_out, grid)
         if last:
             state.ema.keep(config.ema)
-        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, skipped=state.skipped, **evaluated)
+        seen = state.iteration * config.batch
+        run.log(state.iteration, flops=work * config.batch, loss=bpd, kl=kl / scale, grad_norm=grad_norm, images=seen, skipped=state.skipped, **evaluated)
         run.checkpoint(state)
     model.eval()
     return model
@@ -344,9 +355,15 @@ def load(config: Config) -> tuple[images.Images, images.Images]:
     return images.load(config.data, config.embedded, config.shape, config.levels, None, config.held_out)
 
 
+def prepare(model: VAE, choice: dict) -> VAE:
+    """The model on its device, computing as the speed plan says."""
+    model.dtype = getattr(torch, choice["dtype"])
+    return model.to(choice["device"])
+
+
 def trial(config: Config, choice: dict) -> Callable[[], None]:
     """A forward and a backward pass of a quarter of a batch under a choice of the speed plan."""
-    model, count = build(config).to(choice["device"]), -(-config.batch // 4)
+    model, count = prepare(build(config), choice), -(-config.batch // 4)
     pixels = torch.zeros(count, *config.shape, dtype=torch.uint8, device=choice["device"])
     noise = model.noise(count, torch.Generator())
 

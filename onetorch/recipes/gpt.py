@@ -26,6 +26,15 @@ def gpt_shakespeare_256(Config: Any) -> Any:
 
 
 @recipe("gpt", reaches="")
+def gpt_shakespeare_counts(Config: Any) -> Any:
+    """The same on top of the count model: what n-grams of up to 6 bytes say is added to the logits, and a network of 0.9 million parameters learns the rest."""
+    return Config(
+        counts=6, steps=600, batch=8, context=256, heads=4, width=192, ngram_orders=(), ngram_rows=1, rotary_base=300.0, lr_matrix=0.02, lr_head=0.005,
+        base_batch=8,
+    )  # fmt: skip
+
+
+@recipe("gpt", reaches="")
 def gpt_nanogpt_char(Config: Any) -> Any:
     """The set-up of nanoGPT's CPU recipe under our code: its sizes, batches, Adam with a cosine; the first rung of benchmarks/ladder.py."""
     return Config(

@@ -8,7 +8,7 @@ Q-learning for Box actions: a deterministic policy pi learns to find the action 
 
 | symbol        | shape   | meaning                                                                                     |
 |---------------|---------|---------------------------------------------------------------------------------------------|
-| obs, next_obs | (B, D)  | s, s': observations, as the environment gives them                                          |
+| obs, next_obs | (B, …)  | s, s': observations, as the environment gives them                                          |
 | act           | (B, A)  | a in [-1, 1]: pi(s) and noise N(0, act_noise^2) at the time it was done                     |
 | terminated    | (B,)    | d: 1 where the task ended. A time limit is not an end                                       |
 | q, y          | (B,)    | Q(s, a) and the critic's target                                                             |
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
-from onetorch.rl.nets import Adam
+from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.plan import thread_counts
@@ -42,7 +42,7 @@ from onetorch.runs.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "Pendulum-v1"  # Gymnasium environment with Box observations and Box actions
+    env: str = "Pendulum-v1"  # Gymnasium environment with Box actions; observations may be vectors or pictures
     seed: int = 0  # of weights, actions, batches and environments
     total_steps: int = 20_000  # environment steps, all environments together
     num_envs: int = 1  # N, environments stepped together
@@ -57,11 +57,12 @@ class Config:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # how far the targets go towards policy and critic in each update
     act_noise: float = 0.1  # standard deviation of what is added to actions, which lie in [-1, 1]
+    frame_stack: int = 1  # an observation is the last so many
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers, of pi and of Q
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "log_every"):
+        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "q_lr", "updates_per_step"):
@@ -80,22 +81,25 @@ class Config:
 
 
 class Agent(nn.Module):
-    """The policy pi, (B, D) -> (B, A) before tanh, and the critic q, (B, D + A) -> (1, B, 1)."""
+    """The policy pi, (B, D) -> (B, A) before tanh, and the critic q, (B, D + A) -> (1, B, 1), of what the encoder makes of observations: vectors
+    (B, D) are left as they are, pictures become features (B, D)."""
 
     def __init__(self, spaces: environments.Spaces, hidden: tuple[int, ...]) -> None:
         super().__init__()
         self.act_dim = spaces.act_dim
-        self.pi = Stack(None, (spaces.obs_dim, *hidden, spaces.act_dim))
-        self.q = Stack(1, (spaces.obs_dim + spaces.act_dim, *hidden, 1))
+        self.encoder, D = encoder(spaces)
+        self.pi = Stack(None, (D, *hidden, spaces.act_dim))
+        self.q = Stack(1, (D + spaces.act_dim, *hidden, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """pi(s) for obs (B, D): (B, A) in [-1, 1]."""
-        return self.pi(obs).tanh()
+        """pi(s) for obs (B, …): (B, A) in [-1, 1]."""
+        return self.pi(self.encoder(obs)).tanh()
 
     def follow(self, other: "Agent", tau: float) -> None:
         """Weights go towards those of `other` by the fraction tau."""
         self.pi.flat.lerp_(other.pi.flat.detach(), tau)
         self.q.flat.lerp_(other.q.flat.detach(), tau)
+        follow(self.encoder, other.encoder, tau)
 
 
 @dataclass
@@ -112,16 +116,19 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, images=True)
+
+
 def build(config: Config) -> Agent:
-    spaces = environments.spaces(config.env)
-    if spaces.discrete:
+    if spaces(config).discrete:
         raise UsageError(f"{config.env} has Discrete actions; DDPG needs Box ones: `sac` and `dqn` take Discrete ones")
-    return Agent(spaces, config.hidden)
+    return Agent(spaces(config), config.hidden)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations (8, …) for the module to answer, when it is shared."""
+    return spaces(config).example(8)
 
 
 def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
@@ -133,13 +140,13 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     target.requires_grad_(False)
     for agent in (model, target):
         agent.pi.dtype = agent.q.dtype = dtype
-    spaces = environments.spaces(config.env)
+    space = spaces(config)
     return State(
         model, target,
         Adam(([model.pi.flat], config.lr)),
-        Adam(([model.q.flat], config.q_lr or config.lr)),
-        environments.make(config.env, config.num_envs, config.seed, backend),
-        Replay(config.replay, (spaces.obs_dim,), (spaces.act_dim,), num_envs=config.num_envs),
+        Adam(([model.q.flat, *model.encoder.parameters()], config.q_lr or config.lr)),
+        environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack),
+        Replay(config.replay, space.obs_shape, (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype),
         torch.Generator().manual_seed(config.seed),
     )  # fmt: skip
 
@@ -147,30 +154,33 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
 @torch.no_grad()
 def bellman_target(config: Config, state: State, batch: Batch) -> Tensor:
     """y (B,) = r + gamma (1 - d) Q_targ(s', pi_targ(s'))."""
-    value = state.target.q(torch.cat((batch.next_obs, state.target(batch.next_obs)), 1)).flatten()
+    seen = state.target.encoder(batch.next_obs)
+    value = state.target.q(torch.cat((seen, state.target.pi(seen).tanh()), 1)).flatten()
     return batch.reward + config.gamma * (1 - batch.terminated) * value
 
 
 def critic_loss(model: Agent, batch: Batch, y: Tensor) -> Tensor:
-    """E[ (Q(s, a) - y)^2 ]."""
+    """E[ (Q(s, a) - y)^2 ], s as the encoder sees it."""
     return F.mse_loss(model.q(torch.cat((batch.obs, batch.act), 1)).flatten(), y)
 
 
 def policy_loss(model: Agent, batch: Batch) -> Tensor:
-    """-E[ Q(s, pi(s)) ]: the critic is asked, not taught."""
-    return -model.q(torch.cat((batch.obs, model(batch.obs)), 1), frozen=True).mean()
+    """-E[ Q(s, pi(s)) ], s as the encoder sees it: the critic is asked, not taught."""
+    return -model.q(torch.cat((batch.obs, model.pi(batch.obs).tanh()), 1), frozen=True).mean()
 
 
 def update(config: Config, state: State, batch: Batch, run: Run | None = None) -> dict[str, Tensor]:
     """One gradient step of the critic and one of the policy, and the targets follow."""
     model = state.model
-    q_loss = critic_loss(model, batch, bellman_target(config, state, batch))
+    y = bellman_target(config, state, batch)
+    batch = batch._replace(obs=model.encoder(batch.obs))  # the critic's gradients go on into it, the policy's do not
+    q_loss = critic_loss(model, batch, y)
     state.q_optimizer.zero_grad()
     q_loss.backward()
     if run:
         run.finite(q_loss=q_loss)
     state.q_optimizer.step()
-    pi_loss = policy_loss(model, batch)
+    pi_loss = policy_loss(model, batch._replace(obs=batch.obs.detach()))
     state.pi_optimizer.zero_grad()
     pi_loss.backward()
     if run:
@@ -234,4 +244,4 @@ def evaluate(model: Agent, config: Config, *, media: Path | None = None, episode
     def noisy(obs: Tensor) -> Tensor:
         return model(obs) + config.act_noise * torch.randn(len(obs), model.act_dim, generator=rng)  # what lies beyond [-1, 1] is clipped
 
-    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

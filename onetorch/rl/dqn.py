@@ -4,7 +4,8 @@ Q-learning with a net: act greedily but for a share epsilon of random actions, k
 
     y = r + gamma Q_target(s', argmax_a Q_target(s', a))        L(theta) = E[ w huber(Q(s, a) - y) ]
 
-with no value after a terminal state; Q_target is an older copy of Q. Improvements are options (Hessel et al. 2018, arXiv:1710.02298, weighs them):
+with no value after a terminal state; huber(e) is e^2 / 2 up to |e| = h, and h (|e| - h / 2) beyond. Q_target is an older copy of Q. Improvements are options
+(Hessel et al. 2018, arXiv:1710.02298, weighs them):
 
 - double (van Hasselt et al. 2016, arXiv:1509.06461): the argmax is Q's own, which takes off the bias of the greatest of noisy values; clipped (Fujimoto et al.
   2018, arXiv:1802.09477, section 4.2), the smaller of Q and Q_target counts there, so that values may fall at once but rise no faster than the target;
@@ -22,8 +23,9 @@ with no value after a terminal state; Q_target is an older copy of Q. Improvemen
 | y              | (B,)      | the target, a constant to the gradient                                             |
 | weight         | (B,)      | w, importance weights of prioritized replay, else 1                                |
 
-What is known to matter: Huber's loss, whose gradient Mnih et al. call clipping the error; a target that stands still long enough; a time limit that is not
-taken for an end (Pardo et al. 2018, arXiv:1712.00378); n-step returns, and on many tasks priorities, more than double and dueling (Hessel et al. 2018).
+What is known to matter: Huber's loss, whose gradient Mnih et al. call clipping the error, with an h that suits the values (docs/rl.md says what goes wrong
+where it is too small); a target that stands still long enough; a time limit that is not taken for an end (Pardo et al. 2018, arXiv:1712.00378); n-step
+returns, and on many tasks priorities, more than double and dueling (Hessel et al. 2018).
 
 Speed: nets this small are bound by the number of calls, so N environments are stepped at once, a sample is one gather, the net's passes are single calls
 (`stacks`) and its weights one tensor.
@@ -65,6 +67,7 @@ class Config:
     updates: int = 8  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
     lr: float = 2e-3  # Adam's step size
+    adam_eps: float = 1.5e-4  # added to the root of the mean square by which Adam divides (Hessel)
     anneal: bool = True  # the step size falls linearly to 0
     gamma: float = 0.99  # discount
     target_every: int = 1  # gradient steps between two updates of the target
@@ -77,14 +80,15 @@ class Config:
     n_step: int = 3  # n, rewards added up before a value follows
     priority: float = 0.0  # alpha of prioritized replay; 0 draws uniformly
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
-    max_grad_norm: float = 10.0  # gradients are scaled down to this norm
+    huber: float = 4.0  # h of Huber's loss: errors count squared up to this, beyond it linearly
+    max_grad_norm: float = 40.0  # gradients are scaled down to this norm
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "adam_eps", "huber", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("gamma", "epsilon", "epsilon_fraction", "priority", "beta"):
@@ -165,7 +169,7 @@ def example(config: Config) -> Tensor:
 def begin(config: Config, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
     model = build(config).to(device)
-    optimizer = Adam((model.parameters(), config.lr))
+    optimizer = Adam((model.parameters(), config.lr), eps=config.adam_eps)
     envs = environments.make(config.env, config.num_envs, config.seed, backend)
     shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
@@ -226,9 +230,10 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
         weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
-        loss = F.smooth_l1_loss(q, y) if weight is None else (weight * F.smooth_l1_loss(q, y, reduction="none")).mean()
-        # dL/dQ(s, a) = w clamp(error, -1, 1) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
-        slope = error.clamp(-1, 1) / config.batch_size
+        h = config.huber
+        loss = F.huber_loss(q, y, delta=h) if weight is None else (weight * F.huber_loss(q, y, reduction="none", delta=h)).mean()
+        # dL/dQ(s, a) = w clamp(error, -h, h) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
+        slope = error.clamp(-h, h) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
         optimizer.zero_grad()
         values.backward(slopes)

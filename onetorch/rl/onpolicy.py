@@ -1,13 +1,12 @@
 """What the on-policy algorithms (vpg, trpo, ppo) share: a batch collected under the current policy, and a critic fitted to it."""
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from onetorch.rl import evaluation
-from onetorch.rl.envs import Envs, Spaces
+from onetorch.rl.envs import Envs
 from onetorch.rl.nets import ActorCritic, Adam, RunningNorm
 from onetorch.rl.returns import discounted_return, gae
 from onetorch.runs.run import Run
@@ -97,14 +96,6 @@ def fit_value(
             optimizer.step()
             losses.append(loss.detach())
     return torch.stack(losses).mean().item()
-
-
-def example_obs(spaces: Spaces, count: int) -> Tensor:
-    """Observations (count, …) such as these spaces hold: numbers around 0, and pixels."""
-    pixels = torch.randint(0, 256, (count, *(spaces.image or (0,))))
-    if not spaces.obs_dim:
-        return pixels.to(torch.uint8)
-    return torch.cat((torch.randn(count, spaces.obs_dim - math.prod(spaces.image or (0,))), pixels.flatten(1)), 1)
 
 
 def env_counts(num_envs: int, batch_size: int) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from onetorch.rl import envs as environments
 from onetorch.rl.nets import ActorCritic, Adam
-from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, example_obs, scores
+from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, scores
 from onetorch.rl.returns import explained_variance
 from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
@@ -109,7 +109,7 @@ def build(config: Config) -> ActorCritic:
 
 def example(config: Config) -> Tensor:
     """Observations for the module to answer, when it is shared."""
-    return example_obs(spaces(config), 8)
+    return spaces(config).example(8)
 
 
 def begin(config: Config, num_envs: int, backend: str) -> State:

@@ -12,7 +12,7 @@ are sums over all of them, and Q(s) is a vector.
 
 | symbol      | shape     | meaning                                                                            |
 |-------------|-----------|------------------------------------------------------------------------------------|
-| obs, next_obs | (B, D)  | s, s': observations, as the environment gives them                                 |
+| obs, next_obs | (B, …)  | s, s': observations, as the environment gives them                                 |
 | act         | (B, A)    | a in [-1, 1]; (B,) int64 for Discrete                                              |
 | terminated  | (B,)      | d: 1 where the task ended. A time limit is not an end                              |
 | logp        | (B,)      | log pi(a|s) of an action drawn anew                                                |
@@ -26,6 +26,7 @@ Speed: the nets' passes are single calls (`stacks`), the critics' weights get no
 where the speed plan finds that it pays, the products between hidden layers are bfloat16 ones, with all else in float32.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
-from onetorch.rl.nets import Adam
+from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.plan import thread_counts
 from onetorch.runs.run import Run
@@ -48,7 +49,7 @@ from onetorch.runs.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "Pendulum-v1"  # Gymnasium environment with Box observations and Box or Discrete actions
+    env: str = "Pendulum-v1"  # Gymnasium environment with Box or Discrete actions; observations may be vectors or pictures
     seed: int = 0  # of weights, actions, batches and environments
     total_steps: int = 20_000  # environment steps, all environments together
     num_envs: int = 1  # N, environments stepped together
@@ -64,11 +65,12 @@ class Config:
     tau: float = 0.005  # how far the target critics go towards the critics in each update
     alpha: float | None = None  # temperature: the price of entropy; None: learned, beginning at 1
     target_entropy: float | None = None  # H; None: -A for A Box actions, 0.98 log A for A Discrete ones
+    frame_stack: int = 1  # an observation is the last so many
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers, of pi and of each Q
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "log_every"):
+        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "q_lr", "alpha", "updates_per_step"):
@@ -86,7 +88,7 @@ class Config:
 
 
 class Agent(nn.Module):
-    """The policy pi, and the twin critics q.
+    """The policy pi, and the twin critics q, of what the encoder makes of observations: vectors (B, D) are left as they are, pictures become features (B, D).
 
     pi: (B, D) -> mean and log_std (B, 2 A), or logits (B, A) for Discrete. q: (B, D + A) -> (2, B, 1), or (B, D) -> (2, B, A) for Discrete.
     """
@@ -94,18 +96,19 @@ class Agent(nn.Module):
     def __init__(self, spaces: environments.Spaces, hidden: tuple[int, ...]) -> None:
         super().__init__()
         self.discrete, self.act_dim = spaces.discrete, spaces.act_dim
-        D, A = spaces.obs_dim, spaces.act_dim
+        self.encoder, D = encoder(spaces)
+        A = spaces.act_dim
         self.pi = Stack(None, (D, *hidden, A if self.discrete else 2 * A))
         self.q = Stack(2, (D, *hidden, A) if self.discrete else (D + A, *hidden, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """The most likely actions at obs (B, D): (B, A) in [-1, 1], or logits (B, A) for Discrete."""
-        out = self.pi(obs)
+        """The most likely actions at obs (B, …): (B, A) in [-1, 1], or logits (B, A) for Discrete."""
+        out = self.pi(self.encoder(obs))
         return out if self.discrete else out.chunk(2, -1)[0].tanh()
 
     def act(self, obs: Tensor, rng: torch.Generator | None) -> Tensor:
-        """Actions at obs (N, D), drawn from pi, or the most likely ones where rng is None."""
-        out = self.pi(obs)
+        """Actions at obs (N, …), drawn from pi, or the most likely ones where rng is None."""
+        out = self.pi(self.encoder(obs))
         if self.discrete:
             return (out if rng is None else out - torch.empty_like(out).exponential_(generator=rng).log()).argmax(-1)
         return out.chunk(2, -1)[0].tanh() if rng is None else Squashed.apply(out, torch.randn(len(obs), self.act_dim, generator=rng))[0]
@@ -117,6 +120,7 @@ class State:
 
     model: Agent
     target: Stack  # the critics' slow copy
+    target_encoder: nn.Module  # the encoder's
     pi_optimizer: Adam
     q_optimizer: Adam
     log_alpha: Tensor  # ()
@@ -126,33 +130,34 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, images=True)
+
+
 def build(config: Config) -> Agent:
-    return Agent(environments.spaces(config.env), config.hidden)
+    return Agent(spaces(config), config.hidden)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations (8, …) for the module to answer, when it is shared."""
+    return spaces(config).example(8)
 
 
 def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
     torch.manual_seed(config.seed)
-    model = build(config)
+    model, space = build(config), spaces(config)
     if run:
         run.initialize(model)  # before it is copied
-    spaces = environments.spaces(config.env)
-    target = Stack(2, model.q.sizes)
-    target.load_state_dict(model.q.state_dict())
-    target.requires_grad_(False)
+    target, target_encoder = copy.deepcopy(model.q).requires_grad_(False), copy.deepcopy(model.encoder).requires_grad_(False)
     model.pi.dtype = model.q.dtype = target.dtype = dtype
     log_alpha = torch.tensor(math.log(config.alpha or 1.0), requires_grad=config.alpha is None)
     return State(
-        model, target,
+        model, target, target_encoder,
         Adam(([model.pi.flat, *([log_alpha] if config.alpha is None else [])], config.lr)),
-        Adam(([model.q.flat], config.q_lr or config.lr)),
-        log_alpha, environments.make(config.env, config.num_envs, config.seed, backend),
-        Replay(config.replay, (spaces.obs_dim,), () if spaces.discrete else (spaces.act_dim,), num_envs=config.num_envs,
-               act_dtype=torch.int64 if spaces.discrete else torch.float32),
+        Adam(([model.q.flat, *model.encoder.parameters()], config.q_lr or config.lr)),
+        log_alpha, environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack),
+        Replay(config.replay, space.obs_shape, () if space.discrete else (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype,
+               act_dtype=torch.int64 if space.discrete else torch.float32),
         torch.Generator().manual_seed(config.seed),
     )  # fmt: skip
 
@@ -198,17 +203,17 @@ def soft_value(logits: Tensor, q: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def bellman_target(config: Config, state: State, batch: Batch, alpha: Tensor) -> Tensor:
     """y (B,) = r + gamma (1 - d) (min_i Q_targ,i(s', a') - alpha log pi(a'|s'))."""
-    out = state.model.pi(batch.next_obs)
+    out, seen = state.model.pi(state.model.encoder(batch.next_obs)), state.target_encoder(batch.next_obs)
     if state.model.discrete:
-        value, _ = soft_value(out, state.target(batch.next_obs), alpha)
+        value, _ = soft_value(out, state.target(seen), alpha)
     else:
         act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
-        value = state.target(torch.cat((batch.next_obs, act), 1)).squeeze(-1).amin(0) - alpha * logp
+        value = state.target(torch.cat((seen, act), 1)).squeeze(-1).amin(0) - alpha * logp
     return batch.reward + config.gamma * (1 - batch.terminated) * value
 
 
 def critic_loss(model: Agent, batch: Batch, y: Tensor) -> Tensor:
-    """sum_i E[ (Q_i(s, a) - y)^2 ]."""
+    """sum_i E[ (Q_i(s, a) - y)^2 ], s as the encoder sees it."""
     if model.discrete:
         q = model.q(batch.obs).gather(-1, batch.act.expand(2, -1).unsqueeze(-1)).squeeze(-1)
     else:
@@ -217,7 +222,7 @@ def critic_loss(model: Agent, batch: Batch, y: Tensor) -> Tensor:
 
 
 def policy_loss(state: State, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """E[ alpha log pi(a|s) - min_i Q_i(s, a) ], and E[ log pi(a|s) ]: the critics are asked, not taught."""
+    """E[ alpha log pi(a|s) - min_i Q_i(s, a) ], and E[ log pi(a|s) ], s as the encoder sees it: the critics are asked, not taught."""
     out = state.model.pi(batch.obs)
     if state.model.discrete:
         value, logp = soft_value(out, state.model.q(batch.obs, frozen=True).detach(), alpha)
@@ -236,14 +241,16 @@ def temperature_loss(log_alpha: Tensor, logp: Tensor, entropy: float) -> Tensor:
 def update(config: Config, state: State, batch: Batch, run: Run | None = None) -> dict[str, Tensor]:
     """One gradient step of the critics, the policy and the temperature, and the targets' step after them."""
     model, alpha = state.model, state.log_alpha.detach().exp()
-    q_loss = critic_loss(model, batch, bellman_target(config, state, batch, alpha))
+    y = bellman_target(config, state, batch, alpha)
+    batch = batch._replace(obs=model.encoder(batch.obs))  # the critics' gradients go on into it, the policy's do not
+    q_loss = critic_loss(model, batch, y)
     state.q_optimizer.zero_grad()
     q_loss.backward()
     if run:
         run.finite(q_loss=q_loss)
     state.q_optimizer.step()
 
-    pi_loss, logp = policy_loss(state, batch, alpha)
+    pi_loss, logp = policy_loss(state, batch._replace(obs=batch.obs.detach()), alpha)
     loss = pi_loss
     if config.alpha is None:
         A = model.act_dim
@@ -255,6 +262,7 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
         run.finite(policy_loss=loss)
     state.pi_optimizer.step()
     state.target.flat.lerp_(model.q.flat.detach(), config.tau)
+    follow(state.target_encoder, model.encoder, config.tau)
     return {"q_loss": q_loss.detach(), "policy_loss": pi_loss.detach(), "entropy": -logp.detach(), "alpha": alpha}
 
 
@@ -311,7 +319,10 @@ def evaluate(model: Agent, config: Config, *, media: Path | None = None, episode
     `media` is of the likeliest."""
     rng = torch.Generator().manual_seed(seed)
 
+    def likeliest(obs: Tensor) -> Tensor:
+        return model.act(obs, None)
+
     def drawn(obs: Tensor) -> Tensor:
         return model.act(obs, rng)
 
-    return evaluation.evaluate(lambda obs: model.act(obs, None), config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(likeliest, config.env, stochastic=drawn, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

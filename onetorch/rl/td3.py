@@ -10,7 +10,7 @@ value counts, the target's action is blurred, and the policy moves less often th
 
 | symbol        | shape   | meaning                                                                                     |
 |---------------|---------|---------------------------------------------------------------------------------------------|
-| obs, next_obs | (B, D)  | s, s': observations, as the environment gives them                                          |
+| obs, next_obs | (B, …)  | s, s': observations, as the environment gives them                                          |
 | act           | (B, A)  | a in [-1, 1]: pi(s) and noise N(0, act_noise^2) at the time it was done                     |
 | terminated    | (B,)    | d: 1 where the task ended. A time limit is not an end                                       |
 | q             | (2, B)  | Q_1, Q_2                                                                                    |
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
-from onetorch.rl.nets import Adam
+from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
 from onetorch.runs.plan import thread_counts
@@ -44,7 +44,7 @@ from onetorch.runs.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "Pendulum-v1"  # Gymnasium environment with Box observations and Box actions
+    env: str = "Pendulum-v1"  # Gymnasium environment with Box actions; observations may be vectors or pictures
     seed: int = 0  # of weights, actions, batches and environments
     total_steps: int = 20_000  # environment steps, all environments together
     num_envs: int = 1  # N, environments stepped together
@@ -62,11 +62,12 @@ class Config:
     target_noise: float = 0.2  # standard deviation of what blurs the target's action
     noise_clip: float = 0.5  # c, the most that it is blurred by
     policy_delay: int = 2  # updates of the critics for each of the policy and the targets
+    frame_stack: int = 1  # an observation is the last so many
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers, of pi and of Q
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "log_every", "policy_delay"):
+        for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every", "policy_delay"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "q_lr", "updates_per_step"):
@@ -85,22 +86,25 @@ class Config:
 
 
 class Agent(nn.Module):
-    """The policy pi, (B, D) -> (B, A) before tanh, and the twin critics q, (B, D + A) -> (2, B, 1)."""
+    """The policy pi, (B, D) -> (B, A) before tanh, and the twin critics q, (B, D + A) -> (2, B, 1), of what the encoder makes of observations: vectors
+    (B, D) are left as they are, pictures become features (B, D)."""
 
     def __init__(self, spaces: environments.Spaces, hidden: tuple[int, ...]) -> None:
         super().__init__()
         self.act_dim = spaces.act_dim
-        self.pi = Stack(None, (spaces.obs_dim, *hidden, spaces.act_dim))
-        self.q = Stack(2, (spaces.obs_dim + spaces.act_dim, *hidden, 1))
+        self.encoder, D = encoder(spaces)
+        self.pi = Stack(None, (D, *hidden, spaces.act_dim))
+        self.q = Stack(2, (D + spaces.act_dim, *hidden, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """pi(s) for obs (B, D): (B, A) in [-1, 1]."""
-        return self.pi(obs).tanh()
+        """pi(s) for obs (B, …): (B, A) in [-1, 1]."""
+        return self.pi(self.encoder(obs)).tanh()
 
     def follow(self, other: "Agent", tau: float) -> None:
         """Weights go towards those of `other` by the fraction tau."""
         self.pi.flat.lerp_(other.pi.flat.detach(), tau)
         self.q.flat.lerp_(other.q.flat.detach(), tau)
+        follow(self.encoder, other.encoder, tau)
 
 
 @dataclass
@@ -118,16 +122,19 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, images=True)
+
+
 def build(config: Config) -> Agent:
-    spaces = environments.spaces(config.env)
-    if spaces.discrete:
+    if spaces(config).discrete:
         raise UsageError(f"{config.env} has Discrete actions; TD3 needs Box ones: `sac` and `dqn` take Discrete ones")
-    return Agent(spaces, config.hidden)
+    return Agent(spaces(config), config.hidden)
 
 
 def example(config: Config) -> Tensor:
-    """Observations (8, D) for the module to answer, when it is shared."""
-    return torch.randn(8, environments.spaces(config.env).obs_dim)
+    """Observations (8, …) for the module to answer, when it is shared."""
+    return spaces(config).example(8)
 
 
 def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
@@ -139,13 +146,13 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
     target.requires_grad_(False)
     for agent in (model, target):
         agent.pi.dtype = agent.q.dtype = dtype
-    spaces = environments.spaces(config.env)
+    space = spaces(config)
     return State(
         model, target,
         Adam(([model.pi.flat], config.lr)),
-        Adam(([model.q.flat], config.q_lr or config.lr)),
-        environments.make(config.env, config.num_envs, config.seed, backend),
-        Replay(config.replay, (spaces.obs_dim,), (spaces.act_dim,), num_envs=config.num_envs),
+        Adam(([model.q.flat, *model.encoder.parameters()], config.q_lr or config.lr)),
+        environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack),
+        Replay(config.replay, space.obs_shape, (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype),
         torch.Generator().manual_seed(config.seed),
     )  # fmt: skip
 
@@ -154,26 +161,29 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
 def bellman_target(config: Config, state: State, batch: Batch) -> Tensor:
     """y (B,) = r + gamma (1 - d) min_i Q_targ,i(s', clip(pi_targ(s') + clip(eps, -c, c), -1, 1))."""
     noise = torch.randn(batch.act.shape, generator=state.rng).mul_(config.target_noise).clamp_(-config.noise_clip, config.noise_clip)
-    act = noise.add_(state.target(batch.next_obs)).clamp_(-1, 1)
-    value = state.target.q(torch.cat((batch.next_obs, act), 1)).squeeze(-1).amin(0)
+    seen = state.target.encoder(batch.next_obs)
+    act = noise.add_(state.target.pi(seen).tanh()).clamp_(-1, 1)
+    value = state.target.q(torch.cat((seen, act), 1)).squeeze(-1).amin(0)
     return batch.reward + config.gamma * (1 - batch.terminated) * value
 
 
 def critic_loss(model: Agent, batch: Batch, y: Tensor) -> Tensor:
-    """sum_i E[ (Q_i(s, a) - y)^2 ]."""
+    """sum_i E[ (Q_i(s, a) - y)^2 ], s as the encoder sees it."""
     q = model.q(torch.cat((batch.obs, batch.act), 1)).squeeze(-1)
     return len(q) * F.mse_loss(q, y.expand_as(q))
 
 
 def policy_loss(model: Agent, batch: Batch) -> Tensor:
-    """-E[ Q_1(s, pi(s)) ]: the critic is asked, not taught."""
-    return -model.q(torch.cat((batch.obs, model(batch.obs)), 1), frozen=True, first=1).mean()
+    """-E[ Q_1(s, pi(s)) ], s as the encoder sees it: the critic is asked, not taught."""
+    return -model.q(torch.cat((batch.obs, model.pi(batch.obs).tanh()), 1), frozen=True, first=1).mean()
 
 
 def update(config: Config, state: State, batch: Batch, run: Run | None = None) -> dict[str, Tensor]:
     """One gradient step of the critics; every `policy_delay`-th time one of the policy too, and the targets follow."""
     model = state.model
-    q_loss = critic_loss(model, batch, bellman_target(config, state, batch))
+    y = bellman_target(config, state, batch)
+    batch = batch._replace(obs=model.encoder(batch.obs))  # the critics' gradients go on into it, the policy's do not
+    q_loss = critic_loss(model, batch, y)
     state.q_optimizer.zero_grad()
     q_loss.backward()
     if run:
@@ -182,7 +192,7 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
     state.updates += 1
     if state.updates % config.policy_delay:
         return {"q_loss": q_loss.detach()}
-    pi_loss = policy_loss(model, batch)
+    pi_loss = policy_loss(model, batch._replace(obs=batch.obs.detach()))
     state.pi_optimizer.zero_grad()
     pi_loss.backward()
     if run:
@@ -246,4 +256,4 @@ def evaluate(model: Agent, config: Config, *, media: Path | None = None, episode
     def noisy(obs: Tensor) -> Tensor:
         return model(obs) + config.act_noise * torch.randn(len(obs), model.act_dim, generator=rng)  # what lies beyond [-1, 1] is clipped
 
-    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(model, config.env, stochastic=noisy, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

@@ -8,8 +8,8 @@ Each process holds all of the model (DistributedDataParallel), or, with `--shard
 averages remember of it (`fully_shard`, FSDP2); the weights are gathered part by part when they are computed with. What process 0 writes is the same: nothing
 is sharded on disk. A checkpoint holds whole tensors, which torch.distributed.checkpoint's state dicts gather and hand out again, so that a run may go on with
 another number of processes, with `--shard` or without. Therefore process 0 needs room for the whole state when it saves, every process when it resumes, and
-for all weights of the model, but nothing else of it, while it is evaluated. A sharded run sums in another order: with Adam the losses agree to a millionth,
-with Muon, which computes in bfloat16, to a few hundred-thousandths.
+for all weights of the model, but nothing else of it, while it is evaluated. Several processes sum gradients in another order than one, sharded in a third:
+in float32 their losses differ by less than a millionth.
 
 `onetorch train gpt --nproc 2` starts the processes itself, on this machine and over its loopback; under torchrun, which may span machines that see the same
 folder, each process that it starts joins the others: `torchrun --nproc-per-node 4 -m onetorch train gpt --dir DIR`.
@@ -193,14 +193,24 @@ def _hand_out(saved: Any, live: Any) -> Any:
         return {key: _hand_out(inner, live.get(key)) for key, inner in saved.items()}
     if isinstance(saved, list | tuple) and isinstance(live, list | tuple):
         return type(saved)(_hand_out(s, lv) for s, lv in zip(saved, live, strict=True))
-    if isinstance(live, dist.tensor.DTensor) and isinstance(saved, Tensor):
-        return dist.tensor.distribute_tensor(saved.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
-    return saved
+    return share(saved, live) if isinstance(saved, Tensor) else saved
+
+
+def share(x: Tensor, live: Any) -> Tensor:
+    """This process's share of a tensor that is whole in every process, where `live` is sharded as it shall be; else `x` itself."""
+    if not is_share(live):
+        return x
+    return dist.tensor.distribute_tensor(x.to(live.device), live.device_mesh, live.placements, src_data_rank=None)
+
+
+def is_share(x: Any) -> bool:
+    """Whether a tensor is this process's share of one."""
+    return sharding and isinstance(x, dist.tensor.DTensor)
 
 
 def plain(x: Tensor) -> Tensor:
-    """A tensor that was computed of sharded ones, whole in every process."""
-    return x.full_tensor() if sharding and isinstance(x, dist.tensor.DTensor) else x
+    """A tensor that is sharded, or was computed of such, whole in every process."""
+    return x.full_tensor() if is_share(x) else x  # type: ignore[attr-defined]
 
 
 def part(rows: int) -> slice:

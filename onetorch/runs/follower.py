@@ -19,7 +19,9 @@ class Follower(Run):
     def media(self) -> Path:
         return self.folder / "media"
 
-    def plan(self, measure: plan.Measure | None = None, *, key: str = "", **dimensions: tuple[Any, ...]) -> dict[str, Any]:
+    def plan(
+        self, measure: plan.Measure | None = None, *, key: str = "", asked: dict[str, tuple[Any, ...]] | None = None, **dimensions: tuple[Any, ...]
+    ) -> dict[str, Any]:
         choice = distributed.agree(None)
         plan.set_threads(choice)
         self.record["plan"] = choice

@@ -42,17 +42,18 @@ def show(choice: Choice) -> str:
     return ",".join(f"{k}={v}" for k, v in choice.items())
 
 
-def fix(dimensions: dict[str, tuple[Any, ...]], fixed: dict[str, str]) -> dict[str, tuple[Any, ...]]:
-    """`dimensions` with the fixed ones narrowed to one candidate; UsageError for a name or value that is not there."""
+def fix(dimensions: dict[str, tuple[Any, ...]], fixed: dict[str, str], asked: dict[str, tuple[Any, ...]] | None = None) -> dict[str, tuple[Any, ...]]:
+    """`dimensions` with the fixed ones narrowed to one candidate, which may be one of `asked` too; UsageError for a name or value that is not there."""
     narrowed = dict(dimensions)
     for name, text in fixed.items():
         if name not in dimensions:
             raise UsageError(f"--plan: there is no choice {name!r}{nearest(name, dimensions)}; this one has {', '.join(dimensions)}")
-        options = [v for v in dimensions[name] if str(v) == text]
+        candidates = (*dimensions[name], *(v for v in (asked or {}).get(name, ()) if v not in dimensions[name]))
+        options = [v for v in candidates if str(v) == text]
         if not options and all(type(v) is int for v in dimensions[name]) and text.isdigit() and int(text) > 0:
             options = [int(text)]  # any number of threads or environments may be asked for, measured or not
         if not options:
-            known = [str(v) for v in dimensions[name]]
+            known = [str(v) for v in candidates]
             raise UsageError(f"--plan: {name} is one of {', '.join(known)}, got {text!r}{nearest(text, known)}")
         narrowed[name] = (options[0],)
     return narrowed

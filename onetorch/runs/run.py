@@ -146,7 +146,7 @@ class Run:
                 raise UsageError(f"{path} is not empty ({foreign[0]} stands in it); a run needs a folder of its own")
         elif not folder.holds_run(path):
             raise UsageError(f"{path} holds no run (no config.json); begin one with `onetorch train RECIPE --dir {shlex.quote(str(path))}`")
-        self._made = not path.exists()
+        self._made = [p for p in (path, *path.parents) if not p.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -246,18 +246,20 @@ class Run:
 
     # -- the verbs of the loop -------------------------------------------------------------------------------------------------------------
 
-    def plan(self, measure: plan.Measure | None = None, *, key: str = "", **dimensions: tuple[Any, ...]) -> dict[str, Any]:
+    def plan(
+        self, measure: plan.Measure | None = None, *, key: str = "", asked: dict[str, tuple[Any, ...]] | None = None, **dimensions: tuple[Any, ...]
+    ) -> dict[str, Any]:
         """The fastest way to do this run's work on this machine.
 
         Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a
         function of no arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the
-        model's size). A resumed run keeps its plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and
-        torch has its `threads`.
+        model's size). `asked` are more candidates of a dimension, which are chosen where `--plan` asks for them and not measured else. A resumed run keeps its
+        plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and torch has its `threads`.
         """
         dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
         if self._threads and "threads" in dimensions:
             dimensions["threads"] = tuple(n for n in dimensions["threads"] if n <= self._threads) or (self._threads,)
-        narrowed = plan.fix(dimensions, self.record["fixed"])
+        narrowed = plan.fix(dimensions, self.record["fixed"], asked)
         # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
         narrowed["device"] = narrowed["device"][:1]
         recorded = self.record["plan"]
@@ -469,7 +471,8 @@ class Run:
     def _peak_flops(self) -> float:
         if self._peak is None:
             chosen, begin = self.record["plan"], time.perf_counter()
-            self._peak = peak.peak(chosen.get("dtype", "float32"), torch.get_num_threads(), chosen.get("device", "cpu")) * distributed.world()
+            dtype = chosen.get("dtype", "float32").replace("float8", "bfloat16")  # of what is left in it when the largest products are in float8
+            self._peak = peak.peak(dtype, torch.get_num_threads(), chosen.get("device", "cpu")) * distributed.world()
             self.say(f"peak: {self._peak / 1e9:,.0f} GFLOP/s in matrix products, found in {time.perf_counter() - begin:.1f} s")
         return self._peak
 
@@ -671,9 +674,9 @@ class Run:
         """Take back what `_begin` made: a run that was refused before its first iteration leaves no folder that would be in the way of the next attempt."""
         for name in ("config.json", "run.json", "metrics.jsonl", "source.py", "git.diff", "run.lock"):
             (self.folder / name).unlink(missing_ok=True)
-        if self._made:
+        for path in self._made:
             with contextlib.suppress(OSError):  # the algorithm left something in it
-                self.folder.rmdir()
+                path.rmdir()
 
     def __enter__(self) -> Self:
         self._start_signals()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def model_with_weights(config: Config = TINY) -> diffusion.Diffusion:
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "unet"])
+def test_float16_takes_the_steps_of_float32(backbone: Literal["transformer", "unet"], tmp_path: Path) -> None:
+    config, found = replace(TINY, data=write_data(tmp_path), backbone=backbone, steps=12, eval_every=12), {}
+    for dtype in ("float32", "float16"):
+        with Run(tmp_path / dtype, config, fixed=plan.parse(PLAN.replace("float32", dtype)), quiet=True) as run:
+            diffusion.train(config, run)
+        found[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+    assert found["float16"] != found["float32"]
+    assert found["float16"] == pytest.approx(found["float32"], rel=0.05)
+    assert found["float16"][-1] < found["float16"][0]
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------------------------------------
@@ -263,3 +276,25 @@ def test_wrong_options_are_named(wrong: dict) -> None:
         diffusion.evaluate(diffusion.build(TINY), TINY, **wrong)
     with pytest.raises(UsageError, match="no classes"):
         diffusion.evaluate(diffusion.build(replace(TINY, classes=0)), replace(TINY, classes=0), guidance=2.0)
+
+
+def test_a_run_that_diverges_is_ended_with_the_reason(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), steps=50, lr=1.0)
+    with pytest.raises(RunError, match=r"the run diverges: in step \d+ .* lower --lr and --lr_matrix"), start(config, tmp_path / "run") as run:
+        diffusion.train(config, run)
+
+
+def test_rates_follow_the_schedule_and_every_row_counts_the_images(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), schedule="linear", warmup=1, eval_every=6)
+    with start(config, tmp_path / "run") as run:
+        kept, save = [], run.checkpoint
+
+        def checkpoint(state: diffusion.State) -> None:
+            optimizer = state.optimizers[0]
+            kept.append(optimizer.param_groups[0]["lr"])
+            save(state)
+
+        run.checkpoint = checkpoint  # type: ignore[method-assign]
+        diffusion.train(config, run)
+    assert kept == pytest.approx([config.lr * f for f in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert [row["images"] for row in rows_of(tmp_path / "run")] == [8, 16, 24, 32, 40, 48]

@@ -257,3 +257,31 @@ def test_wrong_options_are_named(wrong: dict) -> None:
 def test_images_that_do_not_fit_are_refused_with_the_flags_that_fit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"give --shape 1,4,4 --levels 5$"):
         glow.load(replace(TINY, data=write_data(tmp_path), levels=6))
+
+
+def test_a_run_that_diverges_is_ended_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real, calls = replace(TINY, data=write_data(tmp_path), steps=50, eval_every=50), glow.nats, []
+
+    def climbing(model: glow.Glow, x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return real(model, x) + 20.0 * max(len(calls) - 5, 0)  # nats of an image; no step size drives this model up so evenly
+
+    monkeypatch.setattr(glow, "nats", climbing)
+    with pytest.raises(RunError, match=r"the run diverges: in step \d+ .* lower --lr, or"), start(config, tmp_path / "run") as run:
+        glow.train(config, run)
+
+
+def test_rates_follow_the_schedule_and_every_row_counts_the_images(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), schedule="linear", warmup=1, eval_every=6)
+    with start(config, tmp_path / "run") as run:
+        kept, save = [], run.checkpoint
+
+        def checkpoint(state: glow.State) -> None:
+            optimizer = state.optimizer
+            kept.append(optimizer.param_groups[0]["lr"])
+            save(state)
+
+        run.checkpoint = checkpoint  # type: ignore[method-assign]
+        glow.train(config, run)
+    assert kept == pytest.approx([config.lr * f for f in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert [row["images"] for row in rows_of(tmp_path / "run")] == [8, 16, 24, 32, 40, 48]

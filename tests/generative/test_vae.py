@@ -306,3 +306,32 @@ def test_sharing_can_call_the_model_with_the_example() -> None:
     told, kls, _ = vae.build(TINY)(*found)
     assert told.shape == (2,)
     assert kls.shape[1:] == (2,)
+
+
+def test_a_run_that_diverges_is_ended_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real, calls = replace(TINY, data=write_data(tmp_path), steps=50, kl_warmup=8, eval_every=50), vae.VAE.forward, []
+
+    def climbing(model: vae.VAE, *arguments: torch.Tensor) -> tuple:
+        told, *rest = real(model, *arguments)
+        calls.append(told)
+        return told - 20.0 * max(len(calls) - 3, 0), *rest  # nats of an image; no step size drives this model up so evenly on every machine
+
+    monkeypatch.setattr(vae.VAE, "forward", climbing)
+    with pytest.raises(RunError, match=r"the run diverges: in step (9|\d\d) .* lower --lr, or"), start(config, tmp_path / "run") as run:
+        vae.train(config, run)
+
+
+def test_rates_follow_the_schedule_and_every_row_counts_the_images(tmp_path: Path) -> None:
+    config = replace(TINY, data=write_data(tmp_path), schedule="linear", warmup=1, eval_every=6)
+    with start(config, tmp_path / "run") as run:
+        kept, save = [], run.checkpoint
+
+        def checkpoint(state: vae.State) -> None:
+            optimizer = state.optimizer
+            kept.append(optimizer.param_groups[0]["lr"])
+            save(state)
+
+        run.checkpoint = checkpoint  # type: ignore[method-assign]
+        vae.train(config, run)
+    assert kept == pytest.approx([config.lr * f for f in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert [row["images"] for row in rows_of(tmp_path / "run")] == [8, 16, 24, 32, 40, 48]

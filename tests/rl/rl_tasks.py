@@ -307,6 +307,35 @@ class Target(BoxTask):
         return self.look(), 1 - 2 * (float(action[0]) - 0.5) ** 2, True, False, {}
 
 
+class Point(BoxTask):
+    """A bright column in a picture says where to point, from -1 at its left to 1 at its right; one step, which pays 1 - 2 (a - place)^2."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 1), np.uint8)
+
+    def look(self) -> Any:
+        self.column = int(self.np_random.integers(8))
+        picture = np.zeros((8, 8, 1), np.uint8)
+        picture[:, self.column] = 255
+        return picture
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = 1 - 2 * (float(action[0]) - (2 * self.column / 7 - 1)) ** 2
+        return self.look(), reward, True, False, {}
+
+
+class PointAndNumber(Point):
+    """The picture says where to point, a number whether to point the other way."""
+
+    observation_space = gymnasium.spaces.Dict({"number": gymnasium.spaces.Box(-1, 1, (1,), np.float32), "picture": Point.observation_space})
+
+    def look(self) -> Any:
+        self.sign = float(self.np_random.integers(2)) * 2 - 1
+        return {"number": np.array([self.sign], np.float32), "picture": super().look()}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return super().step(action * self.sign)
+
+
 # The trap for any algorithm: Trap-v0 (Discrete) and TrapBox-v0 (Box) pay 1 for ever, whatever is done, and a time limit cuts them every LIMIT steps. So the
 # value of their one state is 1 / (1 - gamma), 10 for gamma = 0.9; who takes the limit for an end learns at most 1 + gamma + … + gamma^(LIMIT - 1), 4.1.
 LIMIT = 5
@@ -321,5 +350,6 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
     for fault in FAULTS:
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
-    for kind in (*faulty, TextObservation, TextAction, Slow, Starter, Everything, WrongPart, Switches, Chain, Tell, Picture, PictureAndNumber, Payday, Target):
+    seen = (TextObservation, TextAction, Everything, WrongPart, Switches, Picture, PictureAndNumber, Point, PointAndNumber)
+    for kind in (*faulty, *seen, Slow, Starter, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

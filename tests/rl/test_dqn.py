@@ -24,7 +24,7 @@ from onetorch.runs.run import Run
 
 SMALL = dqn.Config(
     total_steps=512, num_envs=4, update_every=32, updates=4, batch_size=16, update_after=64, replay=300, target_every=7, hidden=(16,),
-    tau=1.0, lr=1e-2, anneal=False, double=False, clipped=False, n_step=1,
+    tau=1.0, lr=1e-2, adam_eps=1e-8, huber=1.0, max_grad_norm=10.0, anneal=False, double=False, clipped=False, n_step=1,
 )  # fmt: skip
 BACKENDS = {"CartPole-v1": "native"}
 
@@ -123,6 +123,12 @@ def test_loss_and_gradient_by_hand(tmp_path: Path) -> None:
     for grad in state.model.head.split(state.model.head.flat.grad):
         assert grad.flatten().tolist() == pytest.approx([0.5 / 3, -1 / 3], rel=0.03)
     assert seen["grad_norm"] == pytest.approx(math.sqrt(2 * (0.25 + 1) / 9), rel=0.03)
+    # up to 2 errors count squared: 2 (3 - 1) = 4 for the third, and a gradient of -2
+    state, run = linear(config := dataclasses.replace(config, huber=2.0), tmp_path / "wider")
+    with run:
+        seen = dqn.learn(config, state, 1.0, run)
+    assert seen["loss"].item() / (0.125 + 4.0) == third
+    assert seen["grad_norm"] == pytest.approx(math.sqrt(2 * (0.25 + 4) / 9), rel=0.03)
 
 
 # Of an update of fixed weights from fixed transitions in float64, and the loss of the next: whoever changes what the algorithm computes sees it here. Twelve
@@ -396,6 +402,7 @@ def test_box_actions_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_envs", 7), ("num_envs", 0), ("replay", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("target_every", 0)]
+    + [("adam_eps", 0.0), ("huber", 0.0), ("max_grad_norm", 0.0)]
     + [("lr", 0.0), ("gamma", 1.5), ("tau", 0.0), ("epsilon", -0.1), ("epsilon_fraction", 2.0), ("priority", -1.0), ("beta", math.nan), ("hidden", (0,))],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:

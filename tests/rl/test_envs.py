@@ -307,9 +307,11 @@ def test_atari_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ("CartPol-v1", r"unknown environment 'CartPol-v1'; nearest: CartPole-v1"),
-        ("halfcheetah-v5", r"nearest: HalfCheetah-v5"),
-        ("nothing like it", r"unknown environment 'nothing like it'"),
+        ("CartPol-v1", r"unknown environment 'CartPol-v1'; nearest: CartPole-v1$"),
+        ("halfcheetah-v5", r"nearest: HalfCheetah-v5$"),
+        ("Hopper-v9", r"nearest: Hopper-v5$"),
+        ("phys2d/MountanCar", r"nearest: MountainCar-v0$"),
+        ("Banana-v3", r"unknown environment 'Banana-v3' \([^;]*\)$"),
         ("TextObservation-v0", r"observation space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these$"),
         ("TextAction-v0", r"action space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary$"),
         ("MissingPackage-v0", r"needs a package that is not installed .*pip install 'onetorch\[rl\]'"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from onetorch.rl import stacks
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic, Adam, Pixels, RunningNorm, categorical_kl, categorical_logp, gaussian_kl, gaussian_logp, mlp
+from onetorch.rl.nets import ActorCritic, Adam, Encoder, Pixels, RunningNorm, categorical_kl, categorical_logp, encoder, gaussian_kl, gaussian_logp, mlp
 
 
 def test_categorical_against_torch_distributions() -> None:
@@ -197,6 +197,24 @@ def test_pixels_are_divided_by_255_and_numbers_pass_beside() -> None:
     torch.testing.assert_close(alone(pixels), features)
     torch.testing.assert_close(beside(torch.cat((numbers, pixels.flatten(1).float()), 1)), torch.cat((numbers, features), 1))
     assert alone(pixels.expand(4, 5, 3, 20, 30)).shape == (4, 5, alone.width)
+
+
+def test_encoder_gives_fifty_features_of_a_picture_and_the_numbers_beside_it() -> None:
+    net, width = encoder(Spaces(2 + 3 * 9 * 12, 1, False, image=(3, 9, 12)))
+    assert isinstance(net, Encoder)
+    numbers, picture = torch.tensor([[3.0, -7.0]]).expand(4, 2), torch.randint(256, (4, 3, 9, 12))
+    out = net(torch.cat((numbers, picture.flatten(1).float()), 1))
+    assert out.shape == (4, width) == (4, 52)
+    assert torch.equal(out[:, :2], numbers)
+    normal = torch.atanh(out[:, 2:].double())  # of mean 0 and variance 1 in each row, before tanh
+    assert normal.mean(1).abs().max() < 1e-3
+    assert (normal.var(1, correction=0) - 1).abs().max() < 1e-2
+    alone, width = encoder(Spaces(0, 1, False, image=(3, 9, 12)))
+    alone.load_state_dict(net.state_dict())
+    assert width == 50
+    torch.testing.assert_close(alone(picture.to(torch.uint8)), out[:, 2:])
+    same, width = encoder(Spaces(7, 1, False))
+    assert (list(same.parameters()), width) == ([], 7)
 
 
 def test_numbers_are_normalised_and_pixels_are_not() -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import rl_tasks  # noqa: F401 (registers the tasks)
 import torch
 from offpolicy_runs import small, timeless, train
 from safetensors.torch import load_file
@@ -42,10 +43,48 @@ def test_finds_the_best_action(algorithm: ModuleType, tmp_path: Path) -> None:
     assert model.q(torch.tensor([[1.0, 0.5]]))[0].item() == pytest.approx(1.0, abs=0.1)
 
 
+PICTURES = {"env": "Point-v0", "lr": 1e-3, "q_lr": 3e-3, "batch_size": 64, "update_after": 64}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learns_from_pictures(algorithm: ModuleType, tmp_path: Path) -> None:
+    """To point at the bright column: a policy that does not look is 0.57 off on the mean, one that looks after 600 steps 0.03 to 0.13."""
+    model, _ = train(algorithm, tmp_path / "run", small(algorithm.Config, **PICTURES, total_steps=600))
+    pictures = (255 * torch.eye(8, dtype=torch.uint8)).view(8, 1, 1, 8).expand(8, 1, 8, 8)
+    assert (model(pictures)[:, 0] - torch.linspace(-1, 1, 8)).abs().mean().item() < 0.25
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_critics_teach_the_encoder_and_the_policy_only_looks(algorithm: ModuleType) -> None:
+    config = small(algorithm.Config, **PICTURES, num_envs=4, frame_stack=2, tau=0.25, **({"policy_delay": 1} if algorithm is td3 else {}))
+    state = algorithm.begin(config)
+    for _ in range(20):
+        algorithm.explore(config, state, True)
+    assert state.replay.image is not None
+    assert state.replay.image.shape[1:] == (2, 8, 8)
+    model, batch = state.model, state.replay.sample(16, state.rng)
+    slow = state.target_encoder if algorithm is sac else state.target.encoder
+    learned, before = list(model.encoder.parameters()), [p.clone() for p in slow.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+
+    drawn = state.rng.get_state()
+    y = algorithm.bellman_target(config, state, batch, *([torch.ones(())] if algorithm is sac else []))
+    loss = algorithm.critic_loss(model, batch._replace(obs=model.encoder(batch.obs)), y)
+    expected = torch.autograd.grad(loss, learned)
+    state.rng.set_state(drawn)
+    algorithm.update(config, state, batch)
+    for p, g, old, q in zip(learned, expected, before, slow.parameters(), strict=True):
+        assert g.abs().max() > 0
+        torch.testing.assert_close(p.grad, g)  # the critics' alone
+        torch.testing.assert_close(q, old + 0.25 * (p.detach() - old))
+
+
 RESUMED = {
     "sac": (sac, small(sac.Config, num_envs=2, log_every=10), {}),  # Pendulum-v1
+    "sac-pictures": (sac, small(sac.Config, env="Point-v0", frame_stack=2, num_envs=2, log_every=10, batch_size=16), {}),
     "sac-discrete": (sac, small(sac.Config, env="CartPole-v1", replay=200), {}),
     "td3": (td3, small(td3.Config, update_every=4, updates_per_step=0.75), {"dtype": stacks.dtypes()[-1]}),
+    "td3-pictures": (td3, small(td3.Config, env="PointAndNumber-v0", batch_size=16, num_envs=4, log_every=5), {}),
     "ddpg": (ddpg, small(ddpg.Config, replay=150), {}),
 }
 CHILD = """

@@ -23,12 +23,11 @@ from pathlib import Path
 from onetorch.generative import gpt
 from onetorch.runs import distributed, follower, plan, run
 
-place, where, text, stop, how, shard, optimizer = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
+place, where, text, stop, how, shard = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
 if place != "alone":
     distributed.join(place, shard == "shard")
 config = gpt.Config(data=text, steps=6, batch=4, context=16, layers=1, heads=2, width=16, ngram_rows=50, ngram_width=8, eval_every=3, eval_windows=4,
-                    base_width=None, base_batch=None, eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0, optimizer=optimizer,
-                    lr_matrix=0.04 if optimizer == "muon" else 0.003)
+                    base_width=None, base_batch=None, eval_samples=1, accumulate=2, ema=(0.9,), clip=1.0)
 kind = follower.Follower if distributed.rank() else run.Run
 own = kind(where, config, resume=how == "resume", fixed=plan.parse("threads=1,dtype=float32,attention=explicit"), checkpoint_seconds=0, quiet=True)
 run.CHECKPOINT_SHARE = 1e9  # every step is saved
@@ -56,11 +55,11 @@ def text_file(where: Path) -> Path:
     return where / "text.txt"
 
 
-def work(count: int, tmp_path: Path, name: str, stop: int = 0, how: str = "new", shard: bool = False, optimizer: str = "muon") -> None:
+def work(count: int, tmp_path: Path, name: str, stop: int = 0, how: str = "new", shard: bool = False) -> None:
     store = tmp_path / f"store-{name}-{how}-{stop}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     places = [f"{i},{count},{store}" for i in range(count)] if count > 1 else ["alone"]
-    words = [str(tmp_path / name), str(tmp_path / "text.txt"), str(stop), how, "shard" if shard else "all", optimizer]
+    words = [str(tmp_path / name), str(tmp_path / "text.txt"), str(stop), how, "shard" if shard else "all"]
     processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", SCRIPT, place, *words], env=environment) for place in places]
     assert [p.wait(PATIENCE) for p in processes] == [0] * count
 
@@ -73,22 +72,19 @@ def shapes(saved: checkpoint.Checkpoint) -> list[dict[str, torch.Size]]:
     return [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (saved.model, saved.state)]
 
 
-@pytest.mark.parametrize(("optimizer", "chain"), [
-    ("muon", [(1, False), (2, False), (1, False)]),
-    ("adamw", [(2, False), (2, True), (1, False)]),
-])  # fmt: skip
-def test_a_run_goes_on_with_other_processes_and_the_same_losses(optimizer: str, chain: list[tuple[int, bool]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("chain", [[(2, True), (2, True), (1, False)], [(1, False), (2, False), (2, True)]])
+def test_a_run_goes_on_with_other_processes_and_the_same_losses(chain: list[tuple[int, bool]], tmp_path: Path) -> None:
     """Two steps by each of (processes, sharded) are six steps of one process."""
     text_file(tmp_path)
-    work(1, tmp_path, "one", optimizer=optimizer)
+    work(1, tmp_path, "one")
     for i, (count, shard) in enumerate(chain, 1):
-        work(count, tmp_path, "chain", stop=2 * i, how="new" if i == 1 else "resume", shard=shard, optimizer=optimizer)
+        work(count, tmp_path, "chain", stop=2 * i, how="new" if i == 1 else "resume", shard=shard)
         saved = checkpoint.load(tmp_path / "chain" / "checkpoints" / f"{2 * i:08}")
         assert shapes(saved) == shapes(checkpoint.load(tmp_path / "one" / "checkpoints" / "00000006"))  # nothing is sharded on disk
     one, found = rows(tmp_path / "one"), rows(tmp_path / "chain")
     assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
     for mine, theirs in zip(one, found, strict=True):
-        assert theirs == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in mine.items()}
+        assert theirs == {k: pytest.approx(v, rel=0, abs=1e-5) for k, v in mine.items()}
     assert (tmp_path / "chain" / "media" / "samples-00000003.txt").exists()
 
 
@@ -121,7 +117,8 @@ def test_a_signal_to_the_command_stops_all_of_them_after_saving(tmp_path: Path) 
 
 
 def test_under_torchrun_and_sharded_the_losses_are_those_of_one_process(tmp_path: Path) -> None:
-    words = ["train", "gpt", "--data", text_file(tmp_path), "--steps", 4, *TINY, "--optimizer", "adamw", "--lr_matrix", 0.003, "--dir"]
+    """Muon's bfloat16 would carry another order of its products' sums beyond 1e-5 in the fifth step."""
+    words = ["train", "gpt", "--data", text_file(tmp_path), "--steps", 8, *TINY, "--dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     starter = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "-m", "onetorch", *words]
     two = subprocess.Popen([sys.executable, *map(str, starter), tmp_path / "two", "--shard"], env=environment, stderr=subprocess.PIPE, text=True)
@@ -131,7 +128,7 @@ def test_under_torchrun_and_sharded_the_losses_are_those_of_one_process(tmp_path
     _, said = two.communicate(timeout=PATIENCE)
     assert two.returncode == 0, said
     found = [rows(tmp_path / name) for name in ("one", "two")]
-    assert [r["step"] for r in found[0]] == [1, 2, 3, 4]
+    assert [r["step"] for r in found[0]] == list(range(1, 9))
     for mine, theirs in zip(*found, strict=True):
         assert theirs == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in mine.items()}
     record = json.loads((tmp_path / "two" / "run.json").read_bytes())

@@ -157,3 +157,11 @@ def test_a_device_that_is_not_here_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(record | {"plan": {"device": "tpu"}}))
     with pytest.raises(RunError, match="ran on tpu, which is not here"), Run(tmp_path / "r", idea.Config(), resume=True, quiet=True) as run:
         run.plan()
+
+
+def test_candidates_that_must_be_asked_for() -> None:
+    dimensions, asked = {"dtype": ("float32", "bfloat16")}, {"dtype": ("float16",)}
+    assert plan.fix(dimensions, {}, asked) == dimensions
+    assert plan.fix(dimensions, {"dtype": "float16"}, asked) == {"dtype": ("float16",)}
+    with pytest.raises(UsageError, match="dtype is one of float32, bfloat16, float16, got 'float8'"):
+        plan.fix(dimensions, {"dtype": "float8"}, asked)

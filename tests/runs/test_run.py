@@ -132,6 +132,14 @@ def test_a_run_in_library_use_can_be_loaded_and_resumed(tmp_path: Path, every: N
     assert outcome(tmp_path / "r") == before
 
 
+def test_a_run_refused_before_its_first_iteration_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for where in ("r", "runs/of/today", "mine/r"):
+        with pytest.raises(UsageError, match="no such environment"), Run(tmp_path / where, idea.Config(), quiet=True):
+            raise UsageError("no such environment")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
 def test_a_folder_that_is_not_for_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
