@@ -1,6 +1,6 @@
-"""Block-sparse convolutions beside torch's dense one, forward + backward on one thread; no row may take more than 1.02 of dense.
+"""Block-sparse convolutions beside torch's dense one, forward and forward + backward on one thread; no row may take more than 1.02 of dense.
 
-    python benchmarks/sparse_conv.py            # two minutes
+    python benchmarks/sparse_conv.py            # four minutes
 
 Both are timed in turn, in shuffled order, and the medians of the ratios are reported, beside that of dense to itself, which is the noise.
 `costs` are what the layer chose by (see `conv.costs_of`). Writes benchmarks/results/sparse_conv.json and exits 1 where a row misses the target.
@@ -45,16 +45,21 @@ def main():
                 continue
             layout = patterns.balanced_random((channels, channels), arguments.block, density, torch.Generator().manual_seed(0))
             sparse = Conv2d(channels, channels, kernel, layout, padding=kernel // 2)
-            candidates = {
-                name: lambda layer=layer, x=x, grad=grad: torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
-                for name, layer in (("dense", dense), ("sparse", sparse), ("dense again", dense))
-            }
-            times = interleaved(candidates, arguments.seconds)
-            chosen = "dense" if sparse._dense_is_faster(x, [size, size]) else "sparse"
-            again = round(ratio(times, "dense again", "dense"), 3)
-            more = {"chosen": chosen, "dense_again": again, "dense_ms": round(statistics.median(times["dense"]) * 1e3, 1), "rounds": len(times["dense"])}
-            what = f"{kernel} x {kernel}, {channels} channels, {images} of {size} x {size}, block {arguments.block}, density {layout.density:.3f}: time / dense"
-            report.row(what, ratio(times, "sparse", "dense"), 1.02, **more)
+            layers = (("dense", dense), ("sparse", sparse), ("dense again", dense))
+            for label in ("forward", "forward + backward"):
+                backward = "backward" in label
+
+                def run(layer, backward=backward, x=x, grad=grad):
+                    with torch.set_grad_enabled(backward):
+                        y = layer(x)
+                        if backward:
+                            torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+
+                times = interleaved({name: lambda layer=layer, run=run: run(layer) for name, layer in layers}, arguments.seconds)
+                again = round(ratio(times, "dense again", "dense"), 3)
+                more = {"choice": sparse.choice(size, backward=backward), "dense_again": again, "dense_ms": round(statistics.median(times["dense"]) * 1e3, 1)}
+                what = f"{kernel} x {kernel}, {channels} channels, {images} of {size} x {size}, block {arguments.block}, density {layout.density:.3f} {label}"
+                report.row(f"{what}: time / dense", ratio(times, "sparse", "dense"), 1.02, **more, rounds=len(times["dense"]))
     missed = sum(not row["met"] for row in report.rows)
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
     costs = {key: value for key, value in conv.measured.items() if "threads 1" in key}

@@ -11,7 +11,8 @@ it (packing and autograd included); forward + backward adds both gradients. Peer
 multiplied by the mask; and torch's BSR by hand, which is all it allows (its autograd has no gradient to the input): two BSR products and a dense
 gradient of the weight. The rate of a row, counted on kept elements, stands beside its share of the machine's measured peak: the best that torch's dense
 product or a full layout of ours reached in cache. `reading` is the bandwidth of one pass over the kept weights.
-Writes benchmarks/results/sparse_cpu_one_thread.json, or _all_cores or _both, with the machine's load; exits 1 where a row misses its target. Rows on all
+Writes benchmarks/results/sparse_cpu_one_thread.json, or _all_cores or _both, or the file that --out names (what is kept there is split by table), with the
+machine's load; exits 1 where a row misses its target. Rows on all
 cores mean something only where nothing else runs: a thread that loses its core makes the others wait at the end of each product.
 """
 

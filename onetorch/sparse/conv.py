@@ -4,11 +4,12 @@
     y = layer(x)                                       # (N, 256, H, W) -> (N, 512, H, W)
 
 With stride 1, in float32 and float64 on the CPU, each row of kernel positions is one block-sparse product with the input, channels last, seen through a
-window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`; mostly
-above half of the blocks), and for every other stride, dtype and device, the weight is filled in and torch's dense convolution is taken; there a NaN in a
-channel that no block uses is read. Forward and backward against torch's dense convolution on one core of a shared and busy AMD EPYC, 3 x 3, 256 channels,
-2 images of 28 x 28, blocks of 32: 0.79 of its time at 50 % of the blocks, 0.51 at 25 %, 0.42 at 12.5 %; 512 channels, 14 x 14: 0.80, 0.37, 0.25
-(benchmarks/sparse_conv.py). Above half of the blocks, where the dense one is taken, 1.00 to 1.18 with one or two images: filling in the weight takes time.
+window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`, for forward alone and with
+backward; `choice` says which it is), and for every other stride, dtype and device, the weight is filled in and torch's dense convolution is taken; there a
+NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of a shared and busy AMD EPYC, forward and backward, blocks of 32:
+1 x 1, 512 channels: 0.77 of its time with all blocks, 0.58 at 50 %, 0.42 at 25 %; 3 x 3: 0.96 to 1.02 at 50 %, 0.54 to 0.86 at 25 %. Where the dense one is
+taken (3 x 3 above half of the blocks, one or two images) filling in the weight costs: 0.90 to 1.17 of dense, forward alone 1.06 to 1.18
+(benchmarks/sparse_conv.py).
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """

@@ -60,3 +60,21 @@ def test_strides_beyond_two_to_the_31():
     values = torch.randn(3, 8, 8)
     assert torch.equal(dds(x, values, layout), dds(x.clone(), values, layout))
     assert torch.equal(sdd(x, x, layout, transpose_a=True), sdd(x.clone(), x.clone(), layout, transpose_a=True))
+
+
+def test_memory_of_dense_weights_comes_back_only_when_nobody_holds_it():
+    if cpu.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    layout = Layout.from_mask(torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5, 128)
+    values = torch.randn(1, *layout.values_shape)
+    first = cpu.fill(values, layout.index, layout.grid, layout.shape)
+    part, address = first[0, 128:], first.data_ptr()
+    del first
+    second = cpu.fill(-values, layout.index, layout.grid, layout.shape)
+    assert second.data_ptr() != address  # a view still holds the first
+    assert torch.equal(part, layout.to_dense(values[0])[128:])
+    del part
+    third = cpu.fill(2 * values, layout.index, layout.grid, layout.shape)
+    assert third.data_ptr() == address
+    assert torch.equal(third[0], layout.to_dense(2 * values[0]))
+    assert torch.equal(second[0], layout.to_dense(-values[0]))
