@@ -390,9 +390,8 @@ def train(config: Config, run: Run, given: corpus.Given = None) -> GPT:
             if taken:
                 optimizer.step()
             optimizer.zero_grad()
-        if fits:
+        if taken:
             state.ema.update()
-        scaler.update()
         if state.iteration == config.steps and config.final == "ema":
             state.ema.keep(config.ema[0])
         state.tokens += rows * T
