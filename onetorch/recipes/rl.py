@@ -151,7 +151,7 @@ def sac_halfcheetah(Config: Any) -> Any:
     return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="")
+@recipe("sac", reaches="mean return 3,000 after 300,000 steps (one seed), 1,720 CPU-s on one core of a busy machine")
 def sac_hopper(Config: Any) -> Any:
     """SAC on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **SAC_MUJOCO)
@@ -175,7 +175,7 @@ def td3(Config: Any) -> Any:
     return Config()
 
 
-@recipe("td3", reaches="mean return 7,250 after 300,000 steps (one seed), 910 CPU-s on one core")
+@recipe("td3", reaches="mean return 8,450 after 300,000 steps (7,250 and 9,660 over 2 seeds), 1,200 CPU-s on one core of a busy machine")
 def td3_halfcheetah(Config: Any) -> Any:
     """TD3 on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
