@@ -25,6 +25,7 @@ sample follows out + (w - 1) (out - out without label). The networks are in deno
 et al. 2024).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Config:
     seed: int = 0  # of weights, batches and noise
     steps: int = 400  # optimizer steps
     batch: int = 128  # images in a step
+    accumulate: int = 1  # parts that a batch is computed in, one after the other: the same gradient with less memory
     objective: Literal["epsilon", "v", "flow"] = "flow"  # what the network predicts, and the path
     backbone: Literal["transformer", "unet"] = "transformer"  # the network
     width: int = 192  # of the transformer's stream, or channels of the U-Net's first stage
@@ -75,6 +77,7 @@ class Config:
     decay: float = 0.5  # fraction of the steps, the last ones, in which the rates of wsd fall to zero; 0: they stay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which samples and ends the run
+    ema_beside: tuple[float, ...] = ()  # more rates, whose averages are evaluated beside it
     sampler: Sampler = "heun"  # of samples while training and in the end
     sample_steps: int = 10  # steps of the sampler
     guidance: float = 1.0  # w: above 1 samples are more like their class, and like each other
@@ -83,7 +86,7 @@ class Config:
     eval_share: float = 0.2  # of the arithmetic between two evaluations, for their samples: where it does not suffice, they are fewer (but 50 of each)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "width", "depth", "heads", "patch", "sample_steps", "eval_every"):
+        for name in ("steps", "batch", "accumulate", "width", "depth", "heads", "patch", "sample_steps", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("classes", "warmup", "weight_decay"):
@@ -92,9 +95,11 @@ class Config:
         for name in ("lr", "lr_matrix", "max_grad_norm", "eval_share"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("drop_label", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.drop_label < 1:
+            raise ValueError(f"drop_label must be at least 0 and below 1, got {self.drop_label}")
+        rates = (self.ema, *self.ema_beside)
+        if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"ema and ema_beside must be different rates of at least 0 and below 1, got {self.ema} and {self.ema_beside}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be 0 to 1, got {self.decay}")
         if self.shape[0] not in (1, 3) or min(self.shape) < 1:
@@ -250,8 +255,8 @@ def train(config: Config, run: Run) -> Diffusion:
         layout=("contiguous_format", "channels_last") if config.backbone == "unet" else ("contiguous_format",),
     )
     model, device = prepare(build(config), plan), plan["device"]
-    digest, generator = data.digest(), torch.Generator().manual_seed(config.seed)
-    state = run.restore(State(model, optimizers(model, config), EMA(model, (config.ema,)), Divergence(), LossScale(plan["dtype"]), generator, digest))
+    digest, generator, ema = data.digest(), torch.Generator().manual_seed(config.seed), EMA(model, (config.ema, *config.ema_beside))
+    state = run.restore(State(model, optimizers(model, config), ema, Divergence(), LossScale(plan["dtype"]), generator, digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work = flops(model)
@@ -263,8 +268,11 @@ def train(config: Config, run: Run) -> Diffusion:
                 group["lr"] = group["rate"] * schedules.factor(kind, state.iteration, config.steps, config.warmup, config.decay)
         x0, t, eps, labels = (z.to(device) for z in draw(data, config, state.generator))
         run.phase("batch")
-        loss = losses(model, x0, t, eps, labels).mean()
-        (loss * state.scale.factor).backward()
+        loss = torch.zeros((), device=device)
+        for part in zip(*(z.chunk(config.accumulate) for z in (x0, t, eps, labels)), strict=True):
+            share = losses(model, *part).mean() * (len(part[0]) / config.batch)
+            (share * state.scale.factor).backward()
+            loss += share.detach()
         state.scale.undo(model)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         taken = state.scale.take(grad_norm)
@@ -281,9 +289,7 @@ def train(config: Config, run: Run) -> Diffusion:
         evaluated: dict[str, float] = {}
         if last or state.iteration % config.eval_every == 0:
             grid = run.media / f"samples-{state.iteration:08}.png"
-            evaluated = {f"raw_{name}": value for name, value in validate(model, data, held_out, grid.with_stem(f"{grid.stem}-raw")).items()}
-            with state.ema.swapped(config.ema):
-                evaluated |= validate(model, data, held_out, grid)
+            evaluated = state.ema.compare(functools.partial(validate, model, data, held_out), grid)
         if last:
             state.ema.keep(config.ema)
         run.phase("evaluation")
@@ -343,10 +349,10 @@ def drawn_labels(data: images.Images, classes: int, count: int, generator: torch
 
 
 def affordable(config: Config) -> int:
-    """Images that an evaluation samples of each weights, so that both take `eval_share` of the arithmetic of the steps since the last one at most."""
+    """Images that an evaluation samples of each weights, so that all take `eval_share` of the arithmetic of the steps since the last one at most."""
     asked = config.sample_steps * (2 if config.sampler == "heun" else 1) * (2 if config.guidance != 1 else 1)  # times that the network sees an image
     trained = 3 * config.eval_every * config.batch  # a step's backward pass is as much work as two times forward
-    return min(config.eval_samples, max(50, int(config.eval_share * trained / asked / 2)))
+    return min(config.eval_samples, max(50, int(config.eval_share * trained / asked / (2 + len(config.ema_beside)))))
 
 
 def validate(model: Diffusion, data: images.Images, held_out: images.Images, grid: Path) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Exponential moving averages of a model's weights, at several rates at once (Polyak & Juditsky 1992; Karras et al. 2024 on why several)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,17 @@ class EMA:
             yield
         finally:
             self._swap(average)
+
+    def compare(self, validate: Callable[[Path], dict[str, float]], file: Path) -> dict[str, float]:
+        """The columns of `validate(file)` for each set of weights: of the first rate's average as they are, of the weights themselves with raw_ before, of the
+        other rates' averages with _ema_RATE after. The file has a name of its own for each.
+        """
+        columns = {f"raw_{column}": value for column, value in validate(file.with_stem(f"{file.stem}-raw")).items()}
+        for i, rate in enumerate(self.rates):
+            with self.swapped(rate):
+                found = validate(file.with_stem(f"{file.stem}-ema-{rate:g}") if i else file)
+            columns |= {f"{column}_ema_{rate:g}" if i else column: value for column, value in found.items()}
+        return columns
 
     @torch.no_grad()
     def _swap(self, average: list[Tensor]) -> None:

@@ -24,6 +24,7 @@ Bits per dimension are an average over draws of u, never below the truth; `bpd_i
 (Burda et al. 2016), which is tighter.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Config:
     seed: int = 0  # of weights, batches and noise
     steps: int = 500  # optimizer steps
     batch: int = 64  # images in a step
+    accumulate: int = 1  # parts that a batch is computed in, one after the other: the same gradient with less memory
     scales: int = 2  # times that the image is squeezed
     steps_per_scale: int = 8  # actnorm, 1x1 and coupling in each scale
     width: int = 64  # channels within a coupling's network
@@ -65,12 +67,13 @@ class Config:
     decay: float = 0.5  # fraction of the steps, the last ones, in which the rate of wsd falls to zero
     max_grad_norm: float = 50.0  # gradients are scaled down to this norm
     ema: float = 0.99  # rate of the weights' moving average, which is evaluated and ends the run
+    ema_beside: tuple[float, ...] = ()  # more rates, whose averages are evaluated beside it
     temperature: float = 0.8  # of samples: what the noise's standard deviation is multiplied with
     eval_every: int = 250  # steps between two evaluations
     eval_samples: int = 400  # images sampled in them, of the averaged weights and of the raw ones: an image costs a third of what it costs in a step
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "scales", "steps_per_scale", "width", "eval_every"):
+        for name in ("steps", "batch", "accumulate", "scales", "steps_per_scale", "width", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "temperature"):
@@ -79,8 +82,9 @@ class Config:
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+        rates = (self.ema, *self.ema_beside)
+        if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"ema and ema_beside must be different rates of at least 0 and below 1, got {self.ema} and {self.ema_beside}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
         if self.shape[0] not in (1, 3) or min(self.shape) < 1:
@@ -358,7 +362,7 @@ def train(config: Config, run: Run) -> Glow:
     device = plan["device"]
     model, generator, digest = prepare(build(config), plan), torch.Generator().manual_seed(config.seed), data.digest()
     initialise(model, data, generator)
-    state = run.restore(State(model, optimizer_of(model, config), EMA(model, (config.ema,)), Divergence(), generator, digest))
+    state = run.restore(State(model, optimizer_of(model, config), EMA(model, (config.ema, *config.ema_beside)), Divergence(), generator, digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     work, D = flops(model), math.prod(config.shape)
@@ -367,8 +371,11 @@ def train(config: Config, run: Run) -> Glow:
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr * schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay)
         x = dequantise(images.batch(data, config.batch, state.generator)[0], config, state.generator).to(device)
-        bpd = nats(model, x).mean() / D / math.log(2)
-        bpd.backward()
+        bpd = torch.zeros((), device=device)
+        for some in x.chunk(config.accumulate):
+            share = nats(model, some).mean() / D / math.log(2) * (len(some) / config.batch)
+            share.backward()
+            bpd += share.detach()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
         state.divergence.check(bpd.item(), state.iteration, "lower --lr, or give a longer --warmup or a smaller --max_grad_norm")
@@ -379,9 +386,7 @@ def train(config: Config, run: Run) -> Glow:
         evaluated: dict[str, float] = {}
         if last or state.iteration % config.eval_every == 0:
             grid = run.media / f"samples-{state.iteration:08}.png"
-            evaluated = {f"raw_{name}": value for name, value in validate(model, data, held_out, grid.with_stem(f"{grid.stem}-raw")).items()}
-            with state.ema.swapped(config.ema):
-                evaluated |= validate(model, data, held_out, grid)
+            evaluated = state.ema.compare(functools.partial(validate, model, data, held_out), grid)
         if last:
             state.ema.keep(config.ema)
         seen = state.iteration * config.batch

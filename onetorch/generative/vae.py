@@ -23,6 +23,7 @@ residual branches begin small, by 1 / sqrt of their number. `evaluate` counts th
 `skip_grad_norm` is left out (Child 2020).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Config:
     seed: int = 0  # of weights, batches and noise
     steps: int = 400  # optimizer steps
     batch: int = 64  # images in a step
+    accumulate: int = 1  # parts that a batch is computed in, one after the other: the same gradient with less memory
     blocks: tuple[int, ...] = (2, 2, 2)  # of the generator at each size, the coarsest first; each size is half the next, rounded up, and the last the image's
     width: int = 64  # channels of the features
     inner: int = 32  # channels within a residual branch
@@ -71,12 +73,13 @@ class Config:
     max_grad_norm: float = 200.0  # gradients (of nats an image) are scaled down to this norm
     skip_grad_norm: float = 2000.0  # a step with a longer gradient is left out
     ema: float = 0.99  # rate of the weights' moving average, which is evaluated and ends the run
+    ema_beside: tuple[float, ...] = ()  # more rates, whose averages are evaluated beside it
     temperature: float = 1.0  # of samples: what the priors' standard deviations are multiplied with
     eval_every: int = 200  # steps between two evaluations
     eval_samples: int = 400  # images sampled in them, of the averaged weights and of the raw ones: an image costs a third of what it costs in a step
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "width", "inner", "latent", "mixtures", "eval_every"):
+        for name in ("steps", "batch", "accumulate", "width", "inner", "latent", "mixtures", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "kl_warmup", "weight_decay", "temperature"):
@@ -85,9 +88,11 @@ class Config:
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("ema", "drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be at least 0 and below 1, got {self.drop}")
+        rates = (self.ema, *self.ema_beside)
+        if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"ema and ema_beside must be different rates of at least 0 and below 1, got {self.ema} and {self.ema_beside}")
         if not self.skip_grad_norm >= self.max_grad_norm:
             raise ValueError(f"skip_grad_norm must be at least max_grad_norm = {self.max_grad_norm}, got {self.skip_grad_norm}")
         if not 0 < self.decay <= 1:
@@ -310,7 +315,7 @@ def train(config: Config, run: Run) -> VAE:
     model, device, digest = prepare(build(config), plan), plan["device"], data.digest()
     work = flops(model)  # dropout draws from the generators that the next lines bring back
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    state = run.restore(State(model, optimizer, EMA(model, (config.ema,)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
+    state = run.restore(State(model, optimizer, EMA(model, (config.ema, *config.ema_beside)), Divergence(), torch.Generator().manual_seed(config.seed), digest))
     if state.data != digest:
         raise RunError(f"data {config.data}: the images are not those this run was begun with (sha-256 {state.data}…, now {digest}…); put them back")
     scale = math.prod(config.shape) * math.log(2)
@@ -319,11 +324,14 @@ def train(config: Config, run: Run) -> VAE:
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr * schedules.factor(config.schedule, state.iteration, config.steps, config.warmup, config.decay)
         pixels = images.batch(data, config.batch, state.generator)[0].to(device)
-        told, kls, _ = model(pixels, *model.noise(config.batch, state.generator))
-        kl = kls.sum(0).mean()
         weight = min(1.0, state.iteration / config.kl_warmup) if config.kl_warmup else 1.0
-        (weight * kl - told.mean()).backward()
-        bpd = (kl - told.mean()) / scale
+        told, kl = torch.zeros((), device=device), torch.zeros((), device=device)
+        for some, *noise in zip(*(z.chunk(config.accumulate) for z in (pixels, *model.noise(config.batch, state.generator))), strict=True):
+            part_told, kls, _ = model(some, *noise)
+            share, part_told, part_kl = len(some) / config.batch, part_told.mean(), kls.sum(0).mean()
+            ((weight * part_kl - part_told) * share).backward()
+            told, kl = told + part_told.detach() * share, kl + part_kl.detach() * share
+        bpd = (kl - told) / scale
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.finite(loss=bpd, grad_norm=grad_norm)
         if grad_norm <= config.skip_grad_norm:
@@ -338,9 +346,7 @@ def train(config: Config, run: Run) -> VAE:
         evaluated: dict[str, float] = {}
         if last or state.iteration % config.eval_every == 0:
             grid = run.media / f"samples-{state.iteration:08}.png"
-            evaluated = {f"raw_{name}": value for name, value in validate(model, data, held_out, grid.with_stem(f"{grid.stem}-raw")).items()}
-            with state.ema.swapped(config.ema):
-                evaluated |= validate(model, data, held_out, grid)
+            evaluated = state.ema.compare(functools.partial(validate, model, data, held_out), grid)
         if last:
             state.ema.keep(config.ema)
         seen = state.iteration * config.batch

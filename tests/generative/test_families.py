@@ -55,6 +55,28 @@ def test_every_row_has_times_images_and_utilisation(family: ModuleType, small: d
 
 
 @families
+def test_a_batch_in_parts_gives_the_same_steps(family: ModuleType, small: dict[str, Any], tmp_path: Path) -> None:
+    config = configured(family, small, tmp_path, steps=6)
+    whole, parts = (train(family, replace(config, accumulate=n), tmp_path / str(n), "threads=1,dtype=float32") for n in (1, 3))  # parts of 3, 3 and 2
+    for column in ("loss", "grad_norm"):
+        assert [row[column] for row in parts] == pytest.approx([row[column] for row in whole], rel=1e-4)
+    assert parts[-1]["val_bpd"] == pytest.approx(whole[-1]["val_bpd"], rel=1e-3)
+
+
+@families
+def test_averages_of_several_rates_are_evaluated(family: ModuleType, small: dict[str, Any], tmp_path: Path) -> None:
+    config = configured(family, small, tmp_path, steps=12, ema=0.5, ema_beside=(0.9, 0.0))
+    row = train(family, config, tmp_path / "run", "threads=1,dtype=float32")[-1]
+    assert row["val_bpd_ema_0"] == row["raw_val_bpd"]  # of rate 0 the average is the weights
+    assert len({row[name] for name in ("val_bpd", "val_bpd_ema_0.9", "raw_val_bpd")}) == 3
+    alone = train(family, replace(config, ema=0.9, ema_beside=()), tmp_path / "alone", "threads=1,dtype=float32")[-1]
+    assert row["val_bpd_ema_0.9"] == alone["val_bpd"]
+    assert (tmp_path / "run" / "media" / "samples-00000012-ema-0.9.png").exists()
+    with pytest.raises(ValueError, match="different rates"):
+        replace(config, ema_beside=(0.5,))
+
+
+@families
 def test_bfloat16_is_near_float32(family: ModuleType, small: dict[str, Any], tmp_path: Path) -> None:
     config = configured(family, small, tmp_path, steps=30)
     full, low = ([row["loss"] for row in train(family, config, tmp_path / dtype, f"threads=1,dtype={dtype}")] for dtype in ("float32", "bfloat16"))
