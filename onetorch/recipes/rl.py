@@ -181,7 +181,7 @@ def td3_halfcheetah(Config: Any) -> Any:
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
 
 
-@recipe("td3", reaches="")
+@recipe("td3", reaches="mean return 964 after 300,000 steps (one seed), 1,370 CPU-s on one core of a busy machine")
 def td3_hopper(Config: Any) -> Any:
     """TD3 on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **REPLAY_MUJOCO)
