@@ -3,10 +3,11 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// Four kernels for dds. `few`, `some` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they
-// stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
-// tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread packs a panel of tokens that stays in its second-level cache, and takes
-// all columns past it. Threads take panels dynamically; every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// Five kernels for dds. `few`, `some` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they
+// stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `direct` is for many tokens and few blocks: outputs run across the lanes,
+// tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
+// tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread takes a panel of tokens that stays in its second-level cache, and
+// all columns past it. Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -204,6 +205,9 @@ inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t*
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
+inline vec<uint32_t, 16> packed(vec<float, 16> first, vec<float, 16> second) {  // 32 numbers as bf16
+  return (vec<uint32_t, 16>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
 inline vec<uint32_t, 16> as_pairs(vec<float, 16> low, vec<float, 16> high) {  // two neighbouring outputs of each lane's token, as bf16 in one word
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (vec<uint32_t, 16>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -337,6 +341,86 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
               const int64_t n0 = c * bn + line;
               write_tokens<T, VW, nv()>(sums + g * lines * TOKENS, lines, bias ? bias + n0 : nullptr, y + token * N + n0, N, M - token, past_cache);
             });
+        }
+      }
+    }
+    stream_end();
+  }
+}
+
+// ROWS tokens against the n blocks of a column, whose panels of VW * NV outputs stand `step` apart: Y = X @ W + added. By itself, or else the compiler runs out of registers.
+template <class T, int VW, int NV, int ROWS>
+__attribute__((noinline)) void direct_tile(int64_t n, const T* w, int64_t step, const int32_t* rows, int64_t bk, const T* x, int64_t xm, const typename Mode<T>::Acc* added, T* y, int64_t N, bool past_cache) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  constexpr int64_t P = Mode<T>::P, LINES = NV / P;
+  vec<Acc, VW> acc[ROWS][NV];
+  UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; }
+  const int64_t row = xm * int64_t(sizeof(T)), to[4] = {0, row, 2 * row, 3 * row};
+  for (int64_t t = 0; t < n; t++, w += step) {
+    const U* values = reinterpret_cast<const U*>(w);
+    const char* at[(ROWS + 3) / 4];  // few addresses for many rows
+    UNROLL for (int i = 0; i < (ROWS + 3) / 4; i++) at[i] = reinterpret_cast<const char*>(x + rows[t] * bk) + 4 * i * row;
+    for (const U* end = values + bk / P * (VW * NV); values < end; values += VW * NV) {
+      vec<U, VW> v[NV];
+      UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(values + j * VW);
+      UNROLL for (int i = 0; i < ROWS; i++) {
+        const U s = load<U>(at[i / 4] + to[i % 4]);
+        UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma<Acc, VW>(acc[i][j], s, v[j]);
+      }
+      UNROLL for (int i = 0; i < (ROWS + 3) / 4; i++) at[i] += sizeof(U);
+    }
+  }
+  UNROLL for (int i = 0; i < ROWS; i++) {
+    vec<U, VW> line[LINES];
+    auto sum = [&](int j) { return acc[i][j] + load<vec<Acc, VW>>(added + j * VW); };
+    if constexpr (P == 2) { UNROLL for (int j = 0; j < LINES; j++) line[j] = packed(sum(2 * j), sum(2 * j + 1)); }
+    else { UNROLL for (int j = 0; j < LINES; j++) line[j] = (vec<U, VW>)sum(j); }
+    if (past_cache) { UNROLL for (int j = 0; j < LINES; j++) stream_line(y + i * N + j * VW * P, line + j); }
+    else std::memcpy(y + i * N, line, sizeof(line));
+  }
+}
+
+// Many rows of X against few blocks, where packing X would take as long as the products: tokens are read where they stand, one broadcast after the other, and the values
+// are brought into panels of VW * NV outputs. A panel of tokens lies in the second-level cache for all columns; the next one is asked for meanwhile, some lines a tile.
+template <class T, int VW, int NV, int ROWS>
+void direct(const T* x, int64_t M, int64_t xm, const T* w, int64_t bk, int64_t bn, int64_t wk, int64_t wn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using Acc = typename Mode<T>::Acc;
+  constexpr int64_t P = Mode<T>::P, NR = VW * NV, kPanel = 192 << 10, kLine = 64 / sizeof(T);
+  const int64_t kept = side.offsets[side.C], strips = bn / NR;
+  Buffer<int32_t> place(side.R);
+  number_used(side, 1, place.data);
+  int64_t panels = std::min(M / ROWS, (M - 1) / std::max<int64_t>(ROWS, kPanel / int64_t(side.R * bk * sizeof(T))) + 1), splits = 1;
+  if (panels < threads) splits = std::min(side.C, 2 * threads / panels);
+  else while (panels % threads && panels < M / ROWS) panels++;
+  const bool past_cache = streams(y, M * N, N, bn);
+  Buffer<T> W(kept * bk * bn);
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
+    PRAGMA(omp for schedule(static))
+    for (int64_t t = 0; t < kept; t++) {
+      const char* next = reinterpret_cast<const char*>(w + (side.order ? side.order[std::min(t + 1, kept - 1)] : std::min(t + 1, kept - 1)) * bk * bn);
+      for (int64_t e = 0; e < bk * bn * int64_t(sizeof(T)); e += 64) __builtin_prefetch(next + e);
+      const T* from = w + (side.order ? side.order[t] : t) * bk * bn;
+      for (int64_t strip = 0; strip < strips; strip++)
+        pack_panel<T, T, P, NR>(W.data + (t * strips + strip) * bk * NR, from + strip * NR * wn, bk, bk, NR, wk, wn);
+    }
+    PRAGMA(omp for schedule(static))
+    for (int64_t q = 0; q < panels * splits; q++) {
+      const int64_t panel = q / splits, split = q % splits, begin = panel * M / panels, end = (panel + 1) * M / panels;
+      const bool more = panel + 1 < panels;
+      for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
+        const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, ahead_begin = c * side.R / side.C, ahead_end = (c + 1) * side.R / side.C;
+        for (int64_t strip = 0; strip < strips; strip++) {
+          const int64_t n0 = c * bn + strip * NR;
+          Acc added[NR] = {};
+          if (bias) for (int j = 0; j < NR; j++) added[j] = widen(bias[n0 + j]);
+          for (int64_t token = begin; token < end; token += ROWS) {
+            const int64_t from = std::min(token, end - ROWS);  // the last tile overlaps the one before it
+            if (more && strip == 0)
+              for (int64_t r = ahead_begin; r < ahead_end; r++)
+                if (place.data[r] >= 0)
+                  for (int64_t e = 0; e < bk; e += kLine) { UNROLL for (int i = 0; i < ROWS; i++) __builtin_prefetch(x + (end + token - begin + i) * xm + r * bk + e, 0, 2); }
+            direct_tile<T, VW, NV, ROWS>(n, W.data + (first * strips + strip) * bk * NR, strips * bk * NR, side.rows + first, bk, x + from * xm, xm, added, y + from * N + n0, N, past_cache);
+          }
         }
       }
     }
@@ -578,6 +662,18 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
     if constexpr (std::is_same<T, typename Mode<T>::E>::value && sizeof(T) <= 4) {
       constexpr int full = kVectorBytes / 4;
       const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order && bk % full == 0;
+      if constexpr (kVectorBytes == 64) {  // few blocks for that many tokens; those that stand the other way must be turned in any case
+        const int64_t times = wk == 1 ? 2 * Mode<T>::P : 1;
+        if (whole && xsize[2] > 64 && bn % (2 * full) == 0 && xstride[3] == 1 && times * offsets[C] * bk * bn <= xsize[2] * xsize[3]) {
+          auto run = [&](auto nv, auto rows_per_tile) {
+            direct<T, full, nv(), rows_per_tile()>(static_cast<const T*>(x), xsize[2], xstride[2], static_cast<const T*>(w), bk, bn, wk, wn, Side{offsets, rows, order, R, C},
+                                                   static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
+          };
+          if (bn % (4 * full) == 0) run(std::integral_constant<int, 4>{}, std::integral_constant<int, 6>{});
+          else run(std::integral_constant<int, 2>{}, std::integral_constant<int, 12>{});
+          return;
+        }
+      }
       if (whole && xsize[2] > 64 && bn % full == 0 && (in_place || to_turn)) {
         many<T, full, kVectorBytes == 64 ? 8 : 4>(static_cast<const T*>(x), xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, Side{offsets, rows, order, R, C},
                                                   static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
