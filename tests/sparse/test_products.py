@@ -389,6 +389,36 @@ def test_many_tokens(path, dtype):
         assert error(y, want) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_and_few_blocks(path, dtype):
+    """Tokens that are read where they stand, and operands of a sampled product that are packed piece by piece: ragged tiles and pieces, values of both ways, sizes
+    beyond the last block, unused columns (which hold NaN), one thread and three.
+    """
+    g = torch.Generator().manual_seed(6)
+    before = torch.get_num_threads()
+    for block, tokens, extra in itertools.product([32, (64, 32), (32, 128)], [66, 203, 1100], [0, 4]):
+        br, bc = (block, block) if isinstance(block, int) else block
+        mask = torch.zeros(9, 4, dtype=torch.bool)
+        mask[[0, 0, 1, 3, 4, 5, 6, 7, 8, 8], [0, 3, 1, 0, 1, 3, 0, 1, 1, 3]] = True  # row 2 and column 2 are empty
+        layout = Layout.from_mask(mask, block, (9 * br - extra, 4 * bc - extra))
+        values, bias = randn(*layout.values_shape, dtype=dtype, generator=g), randn(9 * br - extra, dtype=dtype, generator=g)
+        x, grad = (randn(tokens, size + 8, dtype=dtype, generator=g)[:, :size] for size in (4 * bc - extra, 9 * br - extra))
+        dense = dense_of(values.double(), layout)
+        want = x.double() @ dense.mT + bias.double(), grad.double() @ dense, layout.from_dense(grad.double().mT @ x.double())
+        x[:, 2 * bc : 3 * bc], grad[:, 2 * br : 3 * br] = torch.nan, torch.nan
+        results = []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                y, dx = dds(x, values, layout, transpose_sparse=True, bias=bias), dds(grad, values, layout)
+                results.append((y, dx, sdd(grad, x, layout, transpose_a=True)))
+        finally:
+            torch.set_num_threads(before)
+        for one, three, exact in zip(*results, want, strict=True):
+            assert torch.equal(one, three) or path != "compiled"
+            assert error(one, exact) <= BOUND[dtype], (block, tokens)
+
+
 def test_heads_must_be_those_of_the_layout():
     layout, x, _z, values = small(heads=2)
     with pytest.raises(ValueError, match="dense: expected 2 heads in dimension -3"):

@@ -513,17 +513,17 @@ void dds(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xg, int
   }
 }
 
-// A block of an operand of sdd as panels of WIDTH columns, each `padded` deep. Some tokens at a time, so that whole lines of the source are used while they are near.
+constexpr int64_t kTokens = 16;  // that are packed at a time, so that whole lines of the source are used while they are near
+// Tokens `begin` ... `end` - 1 of the `depth` of a block of an operand of sdd, as panels of WIDTH columns: panel p begins at p * WIDTH * padded.
 template <class T, class E, int P, int WIDTH>
-void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t columns, int64_t block, int64_t k_stride, int64_t n_stride) {
-  constexpr int64_t kTokens = 16;
+void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t begin, int64_t end, int64_t columns, int64_t block, int64_t k_stride, int64_t n_stride) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
   if constexpr (P == 2 && std::is_same<T, E>::value) {
-    if (n_stride == 1 && columns >= block && block % 32 == 0 && depth == padded) {  // pairs of tokens from two rows at a time
+    if (n_stride == 1 && columns >= block && block % 32 == 0 && end <= depth) {  // pairs of tokens from two rows at a time
       const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
       const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
       constexpr int part = std::min(WIDTH, 16);
-      for (int64_t k = 0; k < depth; k += 2)
+      for (int64_t k = begin; k < end; k += 2)
         for (int64_t n = 0; n < block; n += 32) {
           const T* from = src + k * k_stride + n;
           __builtin_prefetch(from + kTokens * k_stride);  // rows often lie a page apart, where the machine does not look ahead
@@ -534,16 +534,66 @@ void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t col
           _mm512_store_si512(pairs + 16, _mm512_permutex2var_epi16(first, high, second));
           UNROLL for (int e = 0; e < 32; e += part) {
             const vec<uint32_t, part> words = load<vec<uint32_t, part>>(pairs + e);
-            std::memcpy(dst + (n + e) / WIDTH * WIDTH * padded + k * WIDTH + (n + e) % WIDTH * 2, &words, sizeof(words));
+            std::memcpy(dst + (n + e) / WIDTH * WIDTH * padded + (k - begin) * WIDTH + (n + e) % WIDTH * 2, &words, sizeof(words));
           }
         }
       return;
     }
   }
 #endif
-  for (int64_t k = 0; k < padded; k += kTokens)
+  for (int64_t k = begin; k < end; k += kTokens)
     for (int64_t n = 0; n < block; n += WIDTH)
-      pack_panel<T, E, P, WIDTH>(dst + (n * padded + k * WIDTH), src + k * k_stride + n * n_stride, depth - k, std::min(kTokens, padded - k), columns - n, k_stride, n_stride);
+      pack_panel<T, E, P, WIDTH>(dst + (n * padded + (k - begin) * WIDTH), src + k * k_stride + n * n_stride, depth - k, std::min(kTokens, end - k), columns - n, k_stride, n_stride);
+}
+
+// The sums of a block to where they belong, zeros beyond the edge: an infinity times the padding would be NaN.
+template <class T, int VW> inline void finish_block(typename Mode<T>::Acc* sums, T* out, int64_t block_m, int64_t block_n, int64_t rows, int64_t columns) {
+  using Acc = typename Mode<T>::Acc;
+  if (rows < block_m || columns < block_n)
+    for (int64_t i = 0; i < block_m; i++) std::fill(sums + i * block_n + (i < rows ? std::min(block_n, columns) : 0), sums + (i + 1) * block_n, Acc(0));
+  for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(out + i, load<vec<Acc, VW>>(sums + i), VW);
+}
+
+// Few blocks and many tokens on several threads: some tokens of all used blocks are packed at a time, since they stand together, and every kept block then takes its products with
+// them to its sums. The order of each sum is that of `sdd`.
+template <class T, int VW, int NV, int ROWS>
+void sdd_few(const T* a, const T* b, int64_t M, int64_t N, int64_t K, int64_t am, int64_t ak, int64_t bk, int64_t bn, int64_t block_m, int64_t block_n, const int32_t* rows,
+             const int32_t* columns, int64_t kept, int64_t R, int64_t C, T* out, int threads) {
+  using E = typename Mode<T>::E; using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
+  constexpr int P = Mode<T>::P, NR = VW * NV;
+  constexpr int64_t kPiece = 512;  // tokens
+  const int64_t padded = (K + P - 1) / P * P, area = block_m * block_n, left = R * block_m * kPiece, right = C * block_n * kPiece;
+  Buffer<E> A(2 * left), B(2 * right);  // two pieces: the next is packed while other threads may still read this one
+  Buffer<Acc> S(kept * area);
+  Buffer<uint8_t> used(R + C);
+  std::fill(used.data, used.data + R + C, uint8_t(0));
+  for (int64_t p = 0; p < kept; p++) used.data[rows[p]] = used.data[R + columns[p]] = 1;
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
+    for (int64_t k0 = 0, turn = 0; k0 < padded; k0 += kPiece, turn ^= 1) {
+      const int64_t size = std::min(kPiece, padded - k0);
+      E *to_a = A.data + turn * left, *to_b = B.data + turn * right;
+      PRAGMA(omp for schedule(static))
+      for (int64_t k = k0; k < k0 + size; k += kTokens) {
+        const int64_t end = std::min(k + kTokens, k0 + size);
+        for (int64_t c = 0; c < C; c++)
+          if (used.data[R + c]) pack_block<T, E, P, NR>(to_b + c * block_n * kPiece + (k - k0) * NR, b + c * block_n * bn, K, kPiece, k, end, N - c * block_n, block_n, bk, bn);
+        for (int64_t r = 0; r < R; r++)
+          if (used.data[r]) pack_block<T, E, P, ROWS>(to_a + r * block_m * kPiece + (k - k0) * ROWS, a + r * block_m * am, K, kPiece, k, end, M - r * block_m, block_m, ak, am);
+      }
+      PRAGMA(omp for schedule(static) nowait)
+      for (int64_t p = 0; p < kept; p++) {
+        const int64_t r = rows[p], c = columns[p];
+        for (int64_t n = 0; n < block_n; n += NR)
+          for (int64_t m = 0; m < block_m; m += ROWS) {
+            const U *ap = reinterpret_cast<const U*>(to_a + (r * block_m + m) * kPiece), *bp = reinterpret_cast<const U*>(to_b + (c * block_n + n) * kPiece);
+            Acc* s = S.data + p * area + m * block_n + n;
+            micro<U, Acc, VW, ROWS, NV, 1>(1, size / P, k0 ? s : nullptr, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
+                                           [&](int i, int j, vec<Acc, VW> v) { std::memcpy(s + i * block_n + j * VW, &v, sizeof(v)); });
+          }
+        if (k0 + size == padded) finish_block<T, VW>(S.data + p * area, out + p * area, block_m, block_n, M - r * block_m, N - c * block_n);
+      }
+    }
+  }
 }
 
 template <class T, int VW, int NV, int ROWS>
@@ -560,8 +610,8 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
   Buffer<uint8_t> used(H * C);
   std::fill(used.data, used.data + H * C, uint8_t(0));
   for (int64_t p = 0; p < kept; p++) used.data[rows[p] / R * C + columns[p] % C] = 1;
-  auto pack_a = [&](E* to, int64_t g, int64_t h, int64_t r) { pack_block<T, E, P, ROWS>(to, a + g * ag + h * ah + r * block_m * am, K, padded, M - r * block_m, block_m, ak, am); };
-  auto pack_b = [&](E* to, int64_t g, int64_t h, int64_t c) { pack_block<T, E, P, NR>(to, b + g * bg + h * bh + c * block_n * bn, K, padded, N - c * block_n, block_n, bk, bn); };
+  auto pack_a = [&](E* to, int64_t g, int64_t h, int64_t r) { pack_block<T, E, P, ROWS>(to, a + g * ag + h * ah + r * block_m * am, K, padded, 0, padded, M - r * block_m, block_m, ak, am); };
+  auto pack_b = [&](E* to, int64_t g, int64_t h, int64_t c) { pack_block<T, E, P, NR>(to, b + g * bg + h * bh + c * block_n * bn, K, padded, 0, padded, N - c * block_n, block_n, bk, bn); };
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
     if (share_a) {
       PRAGMA(omp for schedule(dynamic, 1) nowait)
@@ -596,10 +646,7 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
           }
         }
       }
-      const int64_t rows_in = std::min(block_m, M - r * block_m), columns_in = std::min(block_n, N - c * block_n);
-      if (rows_in < block_m || columns_in < block_n)  // an infinity times the padding would be NaN
-        for (int64_t i = 0; i < block_m; i++) std::fill(sums + i * block_n + (i < rows_in ? columns_in : 0), sums + (i + 1) * block_n, Acc(0));
-      for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(o + i, load<vec<Acc, VW>>(sums + i), VW);
+      finish_block<T, VW>(sums, o, block_m, block_n, M - r * block_m, N - c * block_n);
     }
   }
 }
@@ -692,6 +739,11 @@ int onetorch_sdd(int dtype, const void* a, const void* b, const int64_t* size, c
     using T = decltype(type);
     widths<T>(block_n, [&](auto vw, auto nv) {
       auto run = [&](auto rows_per_tile) {
+        if (threads > 1 && size[0] == 1 && size[1] == 1 && size[4] >= 1024 && kept > 2 * C && kept * block_m * 512 <= size[4] * (size[2] + size[3])) {
+          sdd_few<T, vw(), nv(), rows_per_tile()>(static_cast<const T*>(a), static_cast<const T*>(b), size[2], size[3], size[4], astride[2], astride[3], bstride[2], bstride[3], block_m, block_n,
+                                                  rows, columns, kept, R, C, static_cast<T*>(out), threads);
+          return;
+        }
         sdd<T, vw(), nv(), rows_per_tile()>(static_cast<const T*>(a), static_cast<const T*>(b), size[0], size[1], size[2], size[3], size[4], astride[0], astride[1], astride[2], astride[3],
                                             bstride[0], bstride[1], bstride[2], bstride[3], block_m, block_n, rows, columns, kept, R, C, reduce, static_cast<T*>(out), threads);
       };
