@@ -22,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,8 +38,25 @@ from onetorch.sparse.products import _call, _dds, _fill, _sdd
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
 CHANNELS = 256
-MOST = 0.95  # of dense: what the products may take at most, a twentieth is within the noise
+MOST = 0.85  # of dense: what the products may be expected to take at most; at other sizes than the measured one the estimate is off by up to a seventh
 measured: dict[str, tuple[float, float]] = {}  # what is known in this process
+
+
+class _Filled(NamedTuple):
+    """The dense weight of a layer, and what it was made of."""
+
+    layout: Layout
+    parts: tuple[Tensor, ...]  # the weight and the gates: while they are held nothing else comes to stand at their addresses
+    made: tuple[int, ...]  # their addresses and versions
+    dense: Tensor
+
+
+_filled: weakref.WeakKeyDictionary["_Conv", _Filled] = weakref.WeakKeyDictionary()  # beside the layers: a copy of a layer begins without
+
+
+def _looked_on() -> bool:
+    """Whether a compiler, a transform or a mode watches what is done: then nothing is remembered from call to call."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
@@ -210,6 +228,7 @@ class _Conv(BlockSparse):
 
     dims: int
     sides: tuple[_Side, _Side]
+    _choices: dict[tuple, tuple[list[int], bool]]  # for each kind of input: the size of the output, and whether the dense convolution is taken
 
     def __init__(
         self,
@@ -242,6 +261,7 @@ class _Conv(BlockSparse):
 
     def _take(self, layout: Layout) -> None:
         super()._take(layout)
+        self._choices = {}
         self.sides = _sides(layout, self.kernel_size[-1], self.dilation[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,8 +270,16 @@ class _Conv(BlockSparse):
             return self.forward(x[None])[0]
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected (batch, {self.in_channels}, {self.dims} sizes), got {tuple(x.shape)}")
-        size = self._leaving(list(x.shape[2:]))
-        return self._dense(x) if self._dense_is_faster(x, size) else self._sparse(x, size)
+        if _looked_on():
+            size = self._leaving(list(x.shape[2:]))
+            return self._dense(x) if self._dense_is_faster(x, size) else self._sparse(x, size)
+        backward = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        key = (x.shape[2:], x.dtype, x.device.type, backward, self.probe is None, torch.is_autocast_enabled("cpu"), torch.get_num_threads())
+        if key not in self._choices:
+            size = self._leaving(list(x.shape[2:]))
+            self._choices[key] = size, self._dense_is_faster(x, size)
+        size, dense = self._choices[key]
+        return self._dense(x) if dense else self._sparse(x, size)
 
     def _dense_is_faster(self, x: Tensor, size: list[int]) -> bool:
         if self.probe is not None or x.device.type != "cpu" or x.dtype not in EXACT or torch.is_autocast_enabled("cpu") or any(s != 1 for s in self.stride):
@@ -272,7 +300,7 @@ class _Conv(BlockSparse):
         """What the layer does with images of this size (all sizes, or one for all) in its own dtype on this machine, in words. A measurement of a second
         may run, once per machine. For example:
 
-        sparse: density 0.250, forward and backward by products take 0.53 of the dense convolution's time; dense from 0.95
+        sparse: density 0.250, forward and backward by products take 0.53 of the dense convolution's time; dense from 0.85
         """
         density = f"density {self.layout.density:.3f}"
         if self.weight.device.type != "cpu" or cpu.library() is None or self.weight.dtype not in EXACT or any(s != 1 for s in self.stride):
@@ -291,14 +319,30 @@ class _Conv(BlockSparse):
         return size
 
     def _dense(self, x: Tensor) -> Tensor:
-        weight = self.to_dense() if self.probe is None else self.to_dense() + self.probe
-        pads = [n for ends in reversed(self.padding) for n in ends]
+        weight = self._filled() if self.probe is None else self.to_dense() + self.probe
+        padding = tuple([before for before, _ in self.padding])
         if any(before != after for before, after in self.padding):
-            x, padding = nn.functional.pad(x, pads), (0,) * self.dims
-        else:
-            padding = tuple(before for before, _ in self.padding)
+            x, padding = nn.functional.pad(x, [n for ends in self.padding[::-1] for n in ends]), (0,) * self.dims
         convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return convolution(x, weight, self.bias, self.stride, padding, self.dilation)
+
+    def _filled(self) -> Tensor:
+        """`to_dense()`. Where no gradient is asked for, the one made last as long as weights, gates and layout are the same; training lets go of it. They are
+        the same while torch counts no change of them: what is written through `.data` it does not count.
+        """
+        weight, gate = self.weight, self.gate
+        asked = torch.is_grad_enabled() and (weight.requires_grad or (gate is not None and gate.requires_grad))
+        if asked or _looked_on() or weight.is_inference():
+            _filled.pop(self, None)
+            return self.to_dense()
+        made = (weight.data_ptr(), weight._version) if gate is None else (weight.data_ptr(), weight._version, gate.data_ptr(), gate._version)
+        last = _filled.get(self)
+        if last is not None and last.layout is self.layout and last.made == made:
+            return last.dense
+        with torch.inference_mode(False), torch.no_grad():
+            dense = self.to_dense()
+        _filled[self] = _Filled(self.layout, tuple(part.detach() for part in (weight, gate) if part is not None), made, dense)
+        return dense
 
     def _sparse(self, x: Tensor, size: list[int]) -> Tensor:
         """Stride 1. The images lie channels last, one after the other, as one long list of places. Zeros after each line, and lines of zeros after each

@@ -162,6 +162,48 @@ def test_the_layout_may_change():
     assert torch.allclose(layer(x), nn.functional.conv1d(x, layer.to_dense(), layer.bias, padding=1), atol=1e-5)
 
 
+def test_the_dense_weight_is_kept_only_while_nothing_changes(chosen):
+    """Without a gradient asked for, the dense form is made once, and again after every kind of change; training and copies hold none."""
+    torch.manual_seed(0)
+    layer = Conv2d(48, 32, 3, patterns.random((32, 48), 16, 0.6, torch.Generator().manual_seed(0)), padding=1, gate=True)
+    x = torch.randn(2, 48, 5, 5)
+
+    def check(layer):
+        want = nn.functional.conv2d(x, layer.to_dense().detach(), layer.bias, padding=1)
+        for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+            with mode():
+                assert torch.allclose(layer(x), want, atol=1e-5)
+
+    check(layer)
+    if chosen == "dense":
+        assert layer._filled() is not layer._filled()  # gradients are on
+        with torch.no_grad():
+            assert layer._filled() is layer._filled()
+        assert copy.deepcopy(layer) not in conv._filled
+        assert layer(x.clone().requires_grad_()).requires_grad
+        assert layer not in conv._filled
+    check(layer)
+    other = copy.deepcopy(layer)
+    layer(x).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), 1e-4).step()
+    check(layer)
+    check(other)
+    for change in (
+        lambda: layer.gate.mul_(2.0),
+        lambda: layer.load_state_dict(other.state_dict()),
+        lambda: layer.set_layout(patterns.random((32, 48), 16, 0.4, torch.Generator().manual_seed(1))),
+        lambda: setattr(layer.weight, "data", torch.randn_like(layer.weight)),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.randn_like(layer.weight))),
+        lambda: layer.requires_grad_(False),
+    ):
+        with torch.no_grad():
+            change()
+        check(layer)
+    z = x.clone().requires_grad_()
+    layer(z).sum().backward()  # frozen weights, whose dense form may have been made without gradients
+    assert torch.allclose(z.grad[0], z.grad[1])
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch.compile itself does to an autograd.Function
 def test_compiles_whole():
     layer = Conv2d(16, 24, 3, patterns.random((24, 16), 8, 0.5, torch.Generator().manual_seed(0)), padding=1)

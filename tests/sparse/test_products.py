@@ -391,8 +391,8 @@ def test_many_tokens(path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tokens_and_few_blocks(path, dtype):
-    """Tokens that are read where they stand, and operands of a sampled product that are packed piece by piece: ragged tiles and pieces, values of both ways, sizes
-    beyond the last block, unused columns (which hold NaN), one thread and three.
+    """Tokens that are read where they stand, and operands of a sampled product that are packed piece by piece: ragged tiles and pieces, values of both
+    ways, sizes beyond the last block, unused columns (which hold NaN), one thread and three.
     """
     g = torch.Generator().manual_seed(6)
     before = torch.get_num_threads()
