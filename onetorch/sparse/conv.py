@@ -7,9 +7,9 @@ With stride 1, in float32 and float64 on the CPU, each row of kernel positions i
 window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`, for
 forward alone and with backward; `choice` says which it is), and for every other stride, dtype and device, the weight is filled in and torch's dense
 convolution is taken; there a NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of a shared and busy AMD EPYC,
-forward and backward, blocks of 32: 1 x 1, 512 channels: 0.77 of its time with all blocks, 0.58 at 50 %, 0.42 at 25 %; 3 x 3: 0.96 to 1.02 at 50 %, 0.54
-to 0.86 at 25 %. Where the dense one is taken (3 x 3, mostly above half of the blocks, one or two images) filling in the weight takes time: 0.90 to 1.17 of
-dense, forward alone 1.06 to 1.18 (benchmarks/sparse_conv.py).
+forward and backward, blocks of 32: 1 x 1, 512 channels: 0.73 of its time with all blocks, 0.44 at 50 %, 0.26 at 25 %; 3 x 3: 0.83 to 1.05 at 50 %, 0.48
+to 0.70 at 25 %. Where the dense one is taken (3 x 3, mostly above half of the blocks, one or two images) training fills in the weight at each call and takes
+its gradient out again: 1.01 to 1.12 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _call, _dds, _fill, _sdd
+from onetorch.sparse.products import _PLAIN, _call, _dds, _fill, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
@@ -46,7 +46,7 @@ class _Filled(NamedTuple):
     """The dense weight of a layer, and what it was made of."""
 
     layout: Layout
-    parts: tuple[Tensor, ...]  # the weight and the gates: while they are held nothing else comes to stand at their addresses
+    parts: tuple[Tensor, Tensor]  # the weight and the gates: while they are held nothing else comes to stand at their addresses
     made: tuple[int, ...]  # their addresses and versions
     dense: Tensor
 
@@ -276,6 +276,8 @@ class _Conv(BlockSparse):
         backward = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         key = (x.shape[2:], x.dtype, x.device.type, backward, self.probe is None, torch.is_autocast_enabled("cpu"), torch.get_num_threads())
         if key not in self._choices:
+            if len(self._choices) >= 1000:
+                self._choices.clear()
             size = self._leaving(list(x.shape[2:]))
             self._choices[key] = size, self._dense_is_faster(x, size)
         size, dense = self._choices[key]
@@ -330,18 +332,18 @@ class _Conv(BlockSparse):
         """`to_dense()`. Where no gradient is asked for, the one made last as long as weights, gates and layout are the same; training lets go of it. They are
         the same while torch counts no change of them: what is written through `.data` it does not count.
         """
-        weight, gate = self.weight, self.gate
-        asked = torch.is_grad_enabled() and (weight.requires_grad or (gate is not None and gate.requires_grad))
-        if asked or _looked_on() or weight.is_inference():
+        weight, gate = self.weight, self.weight if self.gate is None else self.gate
+        asked = torch.is_grad_enabled() and (weight.requires_grad or gate.requires_grad)
+        if asked or _looked_on() or type(weight) not in _PLAIN or weight.is_inference() or gate.is_inference():
             _filled.pop(self, None)
             return self.to_dense()
-        made = (weight.data_ptr(), weight._version) if gate is None else (weight.data_ptr(), weight._version, gate.data_ptr(), gate._version)
+        made = weight.data_ptr(), weight._version, gate.data_ptr(), gate._version
         last = _filled.get(self)
         if last is not None and last.layout is self.layout and last.made == made:
             return last.dense
         with torch.inference_mode(False), torch.no_grad():
             dense = self.to_dense()
-        _filled[self] = _Filled(self.layout, tuple(part.detach() for part in (weight, gate) if part is not None), made, dense)
+        _filled[self] = _Filled(self.layout, (weight.detach(), gate.detach()), made, dense)
         return dense
 
     def _sparse(self, x: Tensor, size: list[int]) -> Tensor:
