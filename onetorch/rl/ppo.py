@@ -165,7 +165,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
         for obs, act, logp_old, adv, value_old, ret in zip(*(x.chunk(config.minibatches) for x in shuffled), strict=True):
             (logp, entropy), value = model.logp(obs, act), model.value(obs)
             log_ratio, v = logp.detach() - logp_old, value.detach()
-            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy. Autograd is told its slope by each of the nets' outputs: on nets this small
+            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy. Autograd is told its slope by each of the nets' outputs: on nets so small
             # the formulas' own way back would make a gradient step a third longer.
             outputs = [logp, value]
             slopes = [policy_slope(log_ratio, adv, config.clip), config.value_coef * value_slope(v, value_old, ret, config.value_clip)]
