@@ -275,14 +275,16 @@ class ActorCritic(nn.Module):
         return self.pi(normal), self.value(normal)
 
     def noise(self, *shape: int) -> Tensor:
-        """Noise for `act`, (*shape, A): standard Gumbel for choices, standard normal for Box."""
-        return -torch.empty(*shape, self.act_dim).exponential_().log() if self.discrete else torch.randn(*shape, self.act_dim)
+        """Noise for `act`, (*shape, A): standard Gumbel for choices, normal with the policy's standard deviation for Box."""
+        if self.log_std is None:
+            return -torch.empty(*shape, self.act_dim).exponential_().log()
+        return torch.randn(*shape, self.act_dim) * self.log_std.detach().exp()
 
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions at obs: drawn from pi by `noise` (…, A), by Gumbel-max for choices; the most likely ones where noise is None."""
         out = self.pi(self.normalize(obs))
         if noise is not None:
-            out = out + (noise if self.log_std is None else noise * self.log_std.exp())
+            out = out + noise
         if self.multi:
             return torch.stack([part.argmax(-1) for part in out.split(self.multi, -1)], -1)
         return out.argmax(-1) if self.discrete else out
