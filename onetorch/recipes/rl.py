@@ -127,7 +127,9 @@ def dqn_acrobot(Config: Any) -> Any:
 @recipe("dqn", reaches="mean return 99 after 100,000 steps (65 to 117 over 3 seeds), 61 CPU-s on one core of a busy machine")
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
-    return Config(env="LunarLander-v3", total_steps=100_000, lr=1e-3, epsilon=0.05, huber=1.0, max_grad_norm=10.0)
+    return Config(
+        env="LunarLander-v3", total_steps=100_000, updates=16, lr=5e-4, gamma=0.998, epsilon=0.05, priority=0.5, huber=10.0, max_grad_norm=10.0,
+    )  # fmt: skip
 
 
 # Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.

@@ -11,10 +11,12 @@ The backends of one interface are interchangeable, and each is resumable bit for
 - **native**: CartPole, Pendulum, Acrobot and MountainCar (`classic`, also on a GPU) and the MuJoCo tasks (`mujoco_tasks`) written for all environments at
   once, the same numbers as Gymnasium's; **threads**: the same MuJoCo tasks on all cores;
 - **sync**: any Gymnasium environment, one after the other in this process;
-- **processes**: the same, shared out over one worker process per core.
+- **processes**: the same, shared out over one worker process per core;
+- **envpool**: what EnvPool has, under the names `envpool/ID` (`pool`).
 
-In the last two every episode is reset with an explicit seed that follows from (seed, environment, episode). So the state of a deterministic environment is
-that seed and the actions since: loading resets, replays them, and checks that the observation reached is the saved one bit for bit. No object is ever pickled.
+In sync and processes every episode is reset with an explicit seed that follows from (seed, environment, episode). So the state of a deterministic environment
+is that seed and the actions since: loading resets, replays them, and checks that the observation reached is the saved one bit for bit. No object is ever
+pickled.
 """
 
 import contextlib
@@ -312,9 +314,9 @@ class Stacked:
 
 
 def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
-    """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it), already reset. `backend`: one of
-    `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`: where tensors are and
-    stay; other than "cpu" for the native classic tasks only.
+    """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it, "envpool/ID" is one of EnvPool's), already
+    reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`:
+    where tensors are and stay; other than "cpu" for the native classic tasks only.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -328,9 +330,10 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
         raise UsageError(f"frame_stack must be at least 1, got {frame_stack}")
     known = backends(env)
     backend = backend or known[0]
-    if backend not in (*known, "sync", "processes"):
-        raise UsageError(f"backend of {env} must be one of {', '.join(dict.fromkeys((*known, 'sync', 'processes')))}, got {backend!r}")
-    from onetorch.rl import classic, mujoco_tasks
+    usable = known if known == ("envpool",) else dict.fromkeys((*known, "sync", "processes"))
+    if backend not in usable:
+        raise UsageError(f"backend of {env} must be one of {', '.join(usable)}, got {backend!r}")
+    from onetorch.rl import classic, mujoco_tasks, pool
 
     on_device = None if device == "cpu" else device
     if on_device and not (backend == "native" and env in classic.TASKS):
@@ -338,6 +341,8 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
     made: Envs
     if backend in ("sync", "processes"):
         made = GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
+    elif backend == "envpool":
+        made = pool.PoolEnvs(env, num_envs, seed)
     elif env in classic.TASKS:
         made = classic.Classic(env, num_envs, seed, on_device)
     else:
@@ -352,6 +357,8 @@ def backends(env: str) -> tuple[str, ...]:
     """The backends that can run `env` and are worth measuring, the default first."""
     from onetorch.rl import classic, mujoco_tasks
 
+    if env.startswith("envpool/"):
+        return ("envpool",)
     if env in classic.TASKS:
         return ("native", "sync")
     if env in mujoco_tasks.TASKS:
@@ -377,11 +384,11 @@ def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
 
 def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool = False) -> Spaces:
     """The spaces of `env`. Same errors as `make`; UsageError too for several choices at once or pictures where the algorithm does not say it takes them."""
-    from onetorch.rl import classic
+    from onetorch.rl import classic, pool
 
-    found = classic.TASKS[env].spaces if env in classic.TASKS else _inspect(env)[1]
+    found = classic.TASKS[env].spaces if env in classic.TASKS else pool.spaces(env) if env.startswith(pool.PREFIX) else _inspect(env)[1]
     if found.multi and not multi:
-        raise UsageError(f"{env} has the action space {_inspect(env)[2]}; this algorithm takes Box and Discrete")
+        raise UsageError(f"{env} has actions that are {len(found.multi)} choices at once, of {found.multi}; this algorithm takes Box and Discrete")
     if found.image and not images:
         raise UsageError(f"{env} has pictures (C, H, W) = {found.image} for observations; this algorithm takes vectors")
     return stack_spaces(found, frame_stack)
@@ -406,6 +413,8 @@ def _missing(env: str, error: Exception) -> str:
 
 
 def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
+    if env.startswith("envpool/"):
+        raise UsageError(f"{env} comes from EnvPool, which makes batches and no single environment")
     if env.startswith("ALE/") and env not in gymnasium.registry:
         try:
             import ale_py
@@ -446,19 +455,22 @@ def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any
         except TypeError as error:
             raise UsageError(f"{env} has the {error}") from None
     assert spec is not None
-    multi: tuple[int, ...] = ()
-    if isinstance(act, gymnasium.spaces.Discrete):
-        act_dim = int(act.n)
-    elif isinstance(act, gymnasium.spaces.Box):
-        act_dim = math.prod(act.shape)
-    elif isinstance(act, gymnasium.spaces.MultiDiscrete | gymnasium.spaces.MultiBinary):
-        multi = tuple(act.nvec.ravel().tolist()) if isinstance(act, gymnasium.spaces.MultiDiscrete) else (2,) * math.prod(act.shape)
-        act_dim = sum(multi)
-    else:
-        raise UsageError(f"{env} has the action space {act}; supported: Box, Discrete, MultiDiscrete, MultiBinary")
+    act_dim, multi = action_size(env, act)
     obs_dim = observation.shape[0] if observation.vectors else 0
     found = Spaces(obs_dim, act_dim, not isinstance(act, gymnasium.spaces.Box), multi, observation.image)
     return spec, found, act, observation
+
+
+def action_size(env: str, space: gymnasium.Space) -> tuple[int, tuple[int, ...]]:
+    """A, and the choices of several at once, as in Spaces. UsageError for what is not supported."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return int(space.n), ()
+    if isinstance(space, gymnasium.spaces.Box):
+        return math.prod(space.shape), ()
+    if isinstance(space, gymnasium.spaces.MultiDiscrete | gymnasium.spaces.MultiBinary):
+        multi = tuple(space.nvec.ravel().tolist()) if isinstance(space, gymnasium.spaces.MultiDiscrete) else (2,) * math.prod(space.shape)
+        return sum(multi), multi
+    raise UsageError(f"{env} has the action space {space}; supported: Box, Discrete, MultiDiscrete, MultiBinary")
 
 
 def episode_seed(seed: int, index: int, episode: int) -> int:

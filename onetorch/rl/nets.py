@@ -7,11 +7,12 @@ a whole rollout at once (`ActorCritic.noise`), which leaves two cheap operations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from onetorch.rl import stacks
 from onetorch.rl.envs import Spaces
@@ -41,13 +42,31 @@ def categorical_logp(logits: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, act.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
+class _GaussianLogp(torch.autograd.Function):
+    """`gaussian_logp`'s first result. With z = (a - mean) / std its gradients are z / std by the mean and z^2 - 1 by log std: a few operations, where autograd
+    takes a dozen, one for each of the formula's."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_std: Tensor, act: Tensor) -> Tensor:
+        scale = torch.exp(-log_std)
+        z = (act - mean).mul_(scale)
+        ctx.save_for_backward(z, scale)
+        return z.square().sum(-1).mul_(-0.5).sub_(log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, scale = ctx.saved_tensors
+        return grad.unsqueeze(-1) * (z * scale), grad.flatten() @ (z.square() - 1).flatten(0, -2), None
+
+
 def gaussian_logp(mean: Tensor, log_std: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) and entropy of the Gaussian N(mean, diag exp(log_std)^2), mean and act (B, A), log_std (A,): a tensor (B,) and one ().
+    """log pi(a|s) and entropy of the Gaussian N(mean, diag exp(log_std)^2), mean and act (B, A), log_std (A,): a tensor (B,), differentiable once, and one ().
 
     log pi = -sum_i [ (a_i - mean_i)^2 / (2 std_i^2) + log_std_i + log(2 pi) / 2 ]        H = sum_i [ log_std_i + (1 + log(2 pi)) / 2 ]
     """
-    log_norm = log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel()
-    return -0.5 * ((act - mean) * torch.exp(-log_std)).square().sum(-1) - log_norm, log_norm + 0.5 * log_std.numel()
+    entropy = log_std.sum() + 0.5 * (1 + math.log(2 * math.pi)) * log_std.numel()
+    return cast(Tensor, _GaussianLogp.apply(mean, log_std, act)), entropy
 
 
 def categorical_kl(logits: Tensor, other: Tensor) -> Tensor:
@@ -256,14 +275,16 @@ class ActorCritic(nn.Module):
         return self.pi(normal), self.value(normal)
 
     def noise(self, *shape: int) -> Tensor:
-        """Noise for `act`, (*shape, A): standard Gumbel for choices, standard normal for Box."""
-        return -torch.empty(*shape, self.act_dim).exponential_().log() if self.discrete else torch.randn(*shape, self.act_dim)
+        """Noise for `act`, (*shape, A): standard Gumbel for choices, normal with the policy's standard deviation for Box."""
+        if self.log_std is None:
+            return -torch.empty(*shape, self.act_dim).exponential_().log()
+        return torch.randn(*shape, self.act_dim) * self.log_std.detach().exp()
 
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions at obs: drawn from pi by `noise` (…, A), by Gumbel-max for choices; the most likely ones where noise is None."""
         out = self.pi(self.normalize(obs))
         if noise is not None:
-            out = out + (noise if self.log_std is None else noise * self.log_std.exp())
+            out = out + noise
         if self.multi:
             return torch.stack([part.argmax(-1) for part in out.split(self.multi, -1)], -1)
         return out.argmax(-1) if self.discrete else out

@@ -134,6 +134,23 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip: float | None
     return 0.5 * error.mean()
 
 
+def policy_slope(log_ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
+    """`policy_loss` differentiated by log pi(a|s): -rho A / B, and 0 where the clipped term is the smaller; (B,) each, (B,) out."""
+    ratio = log_ratio.exp()
+    gain = ratio * adv
+    return gain.masked_fill_(gain > ratio.clamp(1 - clip, 1 + clip) * adv, 0.0).mul_(-1 / len(adv))
+
+
+def value_slope(value: Tensor, value_old: Tensor, ret: Tensor, clip: float | None) -> Tensor:
+    """`value_loss` differentiated by V: (V - R) / B; with `clip`, 0 where V has moved out of it and the clipped error is the greater; all (B,), (B,) out."""
+    error = value - ret
+    if clip is not None:
+        moved = value - value_old
+        held = (moved.abs() > clip) & (error.abs() < (value_old + moved.clamp(-clip, clip) - ret).abs())
+        error = error.masked_fill(held, 0.0)
+    return error / len(ret)
+
+
 def rollout(config: Config, state: State, T: int, run: Run | None = None) -> dict[str, Tensor]:
     return collect(state.model, state.envs, T, config.gamma, config.lam, state.reward_norm, run)
 
@@ -144,31 +161,33 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
     data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
     for _ in range(config.epochs):
         order, seen = torch.randperm(len(data[0])), []
-        for obs, act, logp_old, adv, value_old, ret in zip(*(x.index_select(0, order).chunk(config.minibatches) for x in data), strict=True):
-            logp, entropy = model.logp(obs, act)
-            log_ratio, entropy = logp - logp_old, entropy.mean()
-            pi_loss = policy_loss(log_ratio, adv, config.clip)
-            v_loss = value_loss(model.value(obs), value_old, ret, config.value_clip)
-            loss = pi_loss + config.value_coef * v_loss
+        shuffled = [x.index_select(0, order) for x in data]
+        for obs, act, logp_old, adv, value_old, ret in zip(*(x.chunk(config.minibatches) for x in shuffled), strict=True):
+            (logp, entropy), value = model.logp(obs, act), model.value(obs)
+            log_ratio, v = logp.detach() - logp_old, value.detach()
+            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy. Autograd is told its slope by each of the nets' outputs: on nets so small
+            # the formulas' own way back would make a gradient step a third longer.
+            outputs = [logp, value]
+            slopes = [policy_slope(log_ratio, adv, config.clip), config.value_coef * value_slope(v, value_old, ret, config.value_clip)]
             if config.entropy_coef:
-                loss = loss - config.entropy_coef * entropy
+                outputs.append(entropy)
+                slopes.append(torch.full_like(entropy, -config.entropy_coef / entropy.numel()))
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(outputs, slopes)
             grad_norm = optimizer.clip(config.max_grad_norm or math.inf)
             if run:
-                run.finite(loss=loss, grad_norm=grad_norm)
+                run.finite(grad_norm=grad_norm)
             optimizer.step(left)
-            seen.append((log_ratio.detach(), pi_loss.detach(), v_loss.detach(), entropy.detach()))
-        log_ratios, *means = zip(*seen, strict=True)
-        log_ratio = torch.cat(log_ratios)
+            seen.append((log_ratio, v, entropy.detach().reshape(-1)))
+        log_ratio, v, entropy = (torch.cat(parts) for parts in zip(*seen, strict=True))
         kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # KL(pi_old, pi) with low variance: Schulman 2020, "Approximating KL divergence"
         if config.target_kl is not None and kl > config.target_kl:
             break
-    pi_mean, v_mean, entropy_mean = (torch.stack(values).mean().item() for values in means)
+    _, _, _, adv, value_old, ret = shuffled
     return {
-        "policy_loss": pi_mean,
-        "value_loss": v_mean,
-        "entropy": entropy_mean,
+        "policy_loss": policy_loss(log_ratio, adv, config.clip).item(),
+        "value_loss": value_loss(v, value_old, ret, config.value_clip).item(),
+        "entropy": entropy.mean().item(),
         "kl": kl,
         "clipped": ((log_ratio.exp() - 1).abs() > config.clip).float().mean().item(),
         "explained_variance": explained_variance(batch["value"], batch["ret"]),

@@ -114,7 +114,7 @@ class Stack(nn.Module):
         else:
             parts = iter(self.split(flat))
             out = torch.stack([self._net(x, parts) for _ in range(count)])
-        return out[0] if self.count is None else out
+        return out.squeeze(0) if self.count is None else out
 
     def _net(self, x: Tensor, parts: Iterator[Tensor]) -> Tensor:
         last = len(self.sizes) - 2

@@ -34,6 +34,13 @@ def test_gaussian_by_hand() -> None:
     assert logp.item() == pytest.approx(-0.5 - math.log(2.0) - 0.5 * math.log(2 * math.pi))
 
 
+def test_gaussian_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, act = (torch.randn(4, 5, 3, generator=generator, dtype=torch.float64, requires_grad=grad) for grad in (True, False))
+    log_std = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda mean, log_std: gaussian_logp(mean, log_std, act), (mean, log_std))
+
+
 @pytest.mark.parametrize("discrete", [True, False])
 def test_actions_follow_pi(discrete: bool) -> None:
     torch.manual_seed(0)
