@@ -4,8 +4,10 @@
 device (`.item()`, `.cpu()`, a mask as an index) is counted, and answered with numbers made up. It says nothing of kernels, of numbers and of speed.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from onetorch.rl import ddpg, dqn, envs, ppo, sac, td3, trpo, vpg
 from onetorch.rl.classic import Classic
+from onetorch.runs.errors import Stopped
+from onetorch.runs.run import Run
 from onetorch.runs.state import set_generator
 
 aten, REAL = torch.ops.aten, torch.Generator
@@ -278,3 +282,49 @@ def test_a_state_goes_on_on_another_device(algorithm: Any, fields: dict[str, Any
     assert here.envs.episodes.finished == there.envs.episodes.finished > 0
     states.restore_state(there, *states.pack_state(here))
     algorithm.update(config, here, algorithm.rollout(config, here, 32))
+
+
+class There(Run):
+    """A run whose plan names the device "cpu:0", and which may be stopped after `last` iterations."""
+
+    last = 0
+
+    def plan(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().plan(*args, **kwargs) | {"device": "cpu:0"}
+
+    def checkpoint(self, live: Any) -> None:
+        super().checkpoint(live)
+        if live.iteration == self.last:
+            raise Stopped("enough", 0)
+
+
+SHORT: dict[str, Any] = {"total_steps": 240, "num_envs": 2, "hidden": (16,)}
+LATE: dict[str, Any] = SHORT | {"replay": 100, "batch_size": 8, "update_after": 40}
+OFTEN: dict[str, Any] = {"random_steps": 20, "log_every": 10}
+TRAINED: list[tuple[ModuleType, Any, int]] = [
+    *((algorithm, algorithm.Config(**SHORT, batch_size=60), 2) for algorithm in (vpg, trpo)), (ppo, ppo.Config(**SHORT, batch_size=60, minibatches=2), 2),
+    (dqn, dqn.Config(**LATE), 7), *((algorithm, algorithm.Config(**LATE, **OFTEN), 60) for algorithm in (sac, td3, ddpg)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "config", "half"), TRAINED, ids=[named(algorithm) for algorithm, *_ in TRAINED])
+def test_training_takes_the_device_of_the_plan_and_goes_on_bit_for_bit(
+    algorithm: Any, config: Any, half: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = list[Any](), envs.make
+    monkeypatch.setattr(envs, "make", lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1])
+    fixed = {"threads": "1", "backend": "native"} | ({"dtype": "float32"} if algorithm in (sac, td3, ddpg) else {})
+
+    def train(folder: str, last: int = 0, resume: bool = False) -> nn.Module | None:
+        with contextlib.suppress(Stopped), There(tmp_path / folder, config, quiet=True, fixed=fixed, checkpoint_seconds=0, resume=resume) as run:
+            run.last = last
+            return algorithm.train(config, run)
+        return None
+
+    model = train("straight")
+    assert train("broken", last=half) is None
+    again = train("broken", resume=True)
+    assert [batch.device for batch in made] == ["cpu:0"] * 3
+    assert model is not None
+    assert again is not None
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
