@@ -285,12 +285,14 @@ def test_a_state_goes_on_on_another_device(algorithm: Any, fields: dict[str, Any
 
 
 class There(Run):
-    """A run whose plan names the device "cpu:0", and which may be stopped after `last` iterations."""
+    """A run whose plan names the device "cpu:0", after one measurement under it, and which may be stopped after `last` iterations."""
 
     last = 0
 
-    def plan(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return super().plan(*args, **kwargs) | {"device": "cpu:0"}
+    def plan(self, measure: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        choice = super().plan(measure, **kwargs) | {"device": "cpu:0"}
+        measure(choice)()
+        return choice
 
     def checkpoint(self, live: Any) -> None:
         super().checkpoint(live)
@@ -324,7 +326,7 @@ def test_training_takes_the_device_of_the_plan_and_goes_on_bit_for_bit(
     model = train("straight")
     assert train("broken", last=half) is None
     again = train("broken", resume=True)
-    assert [batch.device for batch in made] == ["cpu:0"] * 3
+    assert [batch.device for batch in made] == ["cpu:0"] * 6
     assert model is not None
     assert again is not None
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
