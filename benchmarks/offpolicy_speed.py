@@ -37,7 +37,7 @@ def ours(algorithm: str, env: str, dtype: str, batch: int, seed: int) -> dict[st
     rhythm = {"batch_size": 100, "update_every": 50} if batch == 100 else {"batch_size": batch}
     config = module.Config(env=env, total_steps=TO, random_steps=FIRST, update_after=FIRST, log_every=FROM, seed=seed, **rhythm)
     with tempfile.TemporaryDirectory() as folder:
-        with Run(Path(folder) / "run", config, quiet=True, fixed={"threads": "1", "dtype": dtype}) as run:
+        with Run(Path(folder) / "run", config, quiet=True, fixed={"threads": "1", "dtype": dtype, "device": "cpu"}) as run:
             module.train(config, run)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = (next(row for row in rows if row["step"] == step) for step in (FROM, TO))

@@ -54,7 +54,7 @@ def ours(env: str, steps: int, seed: int) -> dict[str, Any]:
 
     mujoco.mj_step = timed
     with tempfile.TemporaryDirectory() as folder:
-        with Run(Path(folder) / "run", config, quiet=True, fixed={"threads": "1"}) as run:
+        with Run(Path(folder) / "run", config, quiet=True, fixed={"threads": "1", "device": "cpu"}) as run:
             begin, cpu = time.monotonic(), time.process_time()
             ppo.train(config, run)
             seconds, cpu = time.monotonic() - begin, time.process_time() - cpu

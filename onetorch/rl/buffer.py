@@ -188,7 +188,7 @@ class Replay:
         self.rows[: len(rows)] = rows
         if self.image is not None:
             self.image[: len(state["image"])] = state["image"]
-            self.final = {int(k): v.clone() for k, v in state["final"].items()}
+            self.final = {int(k): v.to(self.rows.device, copy=True) for k, v in state["final"].items()}
 
 
 class SumTree:
@@ -277,4 +277,4 @@ class PrioritizedReplay(Replay):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.tree.load_state_dict(state["tree"])
-        self.greatest = state["greatest"].clone()
+        self.greatest = state["greatest"].to(self.rows.device, copy=True)

@@ -1,8 +1,8 @@
 """The classic control tasks written for all environments at once, with Gymnasium's constants and time limits.
 
 Each task is a few functions of `xp`, which is numpy or torch: on the CPU numpy, whose calls cost a third of torch's on batches this small and give the bits of
-Gymnasium; on another device torch, where everything stays but the ends of episodes. The state is float64 (S, N), and each operation is done in Gymnasium's
-order. The functions take and give arrays whose last axis is the environment.
+Gymnasium; on another device torch, where everything stays. The state is float64 (S, N), and each operation is done in Gymnasium's order. The functions take and
+give arrays whose last axis is the environment.
 """
 
 import math
@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onetorch.rl.envs import Episodes, Spaces, Step, same_count
+from onetorch.rl.envs import Episodes, Spaces, Step, episode_seed, same_count
+from onetorch.runs.state import set_generator
+
+FETCHED = 1024  # steps after which the ends of episodes are fetched from a device, asked for or not
 
 
 class Task(Protocol):
@@ -152,16 +155,24 @@ TASKS: dict[str, Task] = {"CartPole-v1": CartPole(), "Pendulum-v1": Pendulum(), 
 
 
 class Classic:
-    """N environments of the task `env`, one of TASKS. With a `device` all tensors are there, and stay there."""
+    """N environments of the task `env`, one of TASKS. With a `device` all tensors are there, and stay there.
+
+    There no step waits for the device: which episodes ended, and with what return, is noted there too and fetched where somebody asks for `episodes`.
+    """
 
     def __init__(self, env: str, num_envs: int, seed: int, device: str | torch.device | None = None) -> None:
-        self.env, self.task, self.num_envs, self.device = env, TASKS[env], num_envs, device
+        self.env, self.task, self.num_envs, self.seed, self.device = env, TASKS[env], num_envs, seed, device
         self.spaces = self.task.spaces
         self.rng: Any = np.random.default_rng(seed) if device is None else torch.Generator(device).manual_seed(seed)
         self.xp: Any = np if device is None else torch
         self.state = self._begin(num_envs)  # (S, N) float64
         self.obs = self._observe()
-        self.episodes = Episodes(num_envs)
+        self._episodes = Episodes(num_envs)
+        # of the running episodes (N,), and for each step since the last fetch the returns of those that it ended, NaN for the others: all on the device
+        self.paid, self.length, self.ended = self._there(self._episodes.running), self._there(self._episodes.length), list[Tensor]()
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     def _begin(self, count: int) -> Any:
         shape = (self.task.state_dim, count)
@@ -174,36 +185,69 @@ class Classic:
         return torch.from_numpy(obs.astype(np.float32, order="C")) if self.device is None else obs.float().contiguous()
 
     def step(self, act: Tensor) -> Step:
-        given = act.numpy() if self.device is None else act
-        self.state, reward, terminated = self.task.step(self.xp, self.state, given)
-        ended = terminated if self.device is None else terminated.cpu().numpy()
-        truncated = self.episodes.length >= self.task.max_steps - 1
-        done = ended | truncated
+        if self.device is not None:
+            return self._step_there(act)
+        self.state, reward, terminated = self.task.step(np, self.state, act.numpy())
+        truncated = self._episodes.length >= self.task.max_steps - 1
+        done = terminated | truncated
         next_obs = self.obs = self._observe()
         any_done = bool(done.any())
-        self.episodes.add(reward if self.device is None else reward.cpu().numpy(), done if any_done else None)
+        self._episodes.add(reward, done if any_done else None)
         if any_done:
-            self.state[:, done if self.device is None else torch.from_numpy(done).to(self.device)] = self._begin(int(done.sum()))
+            self.state[:, done] = self._begin(int(done.sum()))
             self.obs = self._observe()
-        if self.device is None:
-            return next_obs, torch.from_numpy(reward).float(), torch.from_numpy(terminated), torch.from_numpy(truncated)
-        return next_obs, reward.float(), terminated, torch.from_numpy(truncated).to(self.device)
+        return next_obs, torch.from_numpy(reward).float(), torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    def _step_there(self, act: Tensor) -> Step:
+        self.state, reward, terminated = self.task.step(torch, self.state, act)
+        self.paid, self.length = self.paid + reward, self.length + 1
+        truncated = self.length >= self.task.max_steps
+        done = terminated | truncated
+        next_obs = self._observe()
+        self.ended.append(torch.where(done, self.paid, math.nan))
+        if len(self.ended) == FETCHED:
+            self._fetch()
+        self.paid, self.length = self.paid.masked_fill(done, 0), self.length.masked_fill(done, 0)
+        self.state = torch.where(done, self._begin(self.num_envs), self.state)  # beginnings for all: how many are needed is not known here
+        self.obs = self._observe()
+        return next_obs, reward.float(), terminated, truncated
+
+    def _fetch(self) -> None:
+        returns = torch.stack(self.ended)
+        self._episodes.note(returns[~returns.isnan()].tolist())
+        self.ended.clear()
+
+    @property
+    def episodes(self) -> Episodes:
+        if self.ended:
+            self._fetch()
+        if self.device is not None:
+            self._episodes.running, self._episodes.length = self.paid.cpu().numpy(), self.length.cpu().numpy()
+        return self._episodes
 
     def state_dict(self) -> dict[str, Any]:
-        copied = self.state.copy() if self.device is None else self.state.clone()
+        state = self.state.copy() if self.device is None else self.state.cpu().numpy().copy()
         rng = self.rng.bit_generator.state if self.device is None else self.rng.get_state()
-        return {"env": self.env, "state": copied, "rng": rng, "episodes": self.episodes.state_dict()}
+        return {"env": self.env, "state": state, "rng": rng, "episodes": self.episodes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What was saved on another device goes on with the same states and other beginnings."""
         same_count(self.num_envs, state["state"].shape[-1])
         if state.get("env", "CartPole-v1") != self.env:  # the first runs had no other, and did not say
             raise ValueError(f"the saved environments are {state['env']}, these are {self.env}")
+        saved, rng = np.array(state["state"]), state["rng"]
+        self.state = saved if self.device is None else self._there(saved)
+        self._episodes.load_state_dict(state["episodes"])
+        self.paid, self.length = self._there(self._episodes.running), self._there(self._episodes.length)
+        self.ended.clear()
         if self.device is None:
-            self.state, self.rng.bit_generator.state = np.array(state["state"]), state["rng"]
+            self.rng = np.random.default_rng((self.seed, self._episodes.finished))
+            if isinstance(rng, dict):
+                self.rng.bit_generator.state = rng
+        elif isinstance(rng, dict):
+            self.rng.manual_seed(episode_seed(self.seed, 0, self._episodes.finished))
         else:
-            self.state = torch.as_tensor(state["state"], device=self.device).clone()
-            self.rng.set_state(state["rng"].cpu())
-        self.episodes.load_state_dict(state["episodes"])
+            set_generator(self.rng, rng)
         self.obs = self._observe()
 
     def close(self) -> None:

@@ -170,7 +170,7 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
     model = build(config).to(device)
     optimizer = Adam((model.parameters(), config.lr), eps=config.adam_eps)
-    envs = environments.make(config.env, config.num_envs, config.seed, backend)
+    envs = environments.make(config.env, config.num_envs, config.seed, backend, device=device)
     shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
     replay = PrioritizedReplay(*shape, alpha=config.priority, **kinds) if config.priority else Replay(*shape, **kinds)
@@ -198,15 +198,15 @@ def explore(config: Config, state: State, epsilon: float, run: Run) -> None:
     """update_every environment steps, each action with chance epsilon a random one, into the replay memory."""
     model, envs, replay, N = state.model, state.envs, state.replay, config.num_envs
     T, device = config.update_every // N, replay.rows.device
-    chance, act_any = torch.rand(T, N) < epsilon, torch.randint(envs.spaces.act_dim, (T, N))
+    chance, act_any = torch.rand(T, N, device=device) < epsilon, torch.randint(envs.spaces.act_dim, (T, N), device=device)
     for t in range(T):
         obs = envs.obs
         with torch.no_grad():
-            act = torch.where(chance[t], act_any[t], model(obs.to(device)).argmax(1).cpu())
+            act = torch.where(chance[t], act_any[t], model(obs).argmax(1))
         run.phase("action")
         next_obs, reward, terminated, truncated = envs.step(act)
         run.phase("environment")
-        replay.add(*(x.to(device) for x in (obs, act, reward, next_obs, terminated, truncated)))
+        replay.add(obs, act, reward, next_obs, terminated, truncated)
         run.phase("replay")
 
 
@@ -287,7 +287,7 @@ def train(config: Config, run: Run) -> QNet:
         run.checkpoint(state)
         run.phase("logging")
     state.envs.close()
-    return state.model
+    return state.model.cpu()
 
 
 def evaluate(

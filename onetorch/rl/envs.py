@@ -82,7 +82,9 @@ class Envs(Protocol):
     spaces: Spaces
     num_envs: int
     obs: Tensor  # (N, D) float32: what to act on now
-    episodes: "Episodes"
+
+    @property
+    def episodes(self) -> "Episodes": ...
 
     def step(self, act: Tensor) -> Step:
         """act (N,) int64 for Discrete; (N, A) float for Box, where [-1, 1] is mapped onto the environment's bounds and what lies beyond is clipped."""
@@ -105,10 +107,14 @@ class Episodes:
         self.running += reward
         self.length += 1
         if done is not None:
-            self.recent = (self.recent + self.running[done].tolist())[-self.window :]
-            self.finished += int(done.sum())
+            self.note(self.running[done].tolist())
             self.running[done] = 0
             self.length[done] = 0
+
+    def note(self, returns: list[float]) -> None:
+        """Of episodes that ended, the earliest first."""
+        self.recent = (self.recent + returns)[-self.window :]
+        self.finished += len(returns)
 
     def mean_return(self) -> float | None:
         """Mean over the last `window` finished episodes; None before the first."""
@@ -286,7 +292,10 @@ class Stacked:
         self.envs, self.k, self.num_envs = envs, k, envs.num_envs
         self.spaces = stack_spaces(envs.spaces, k)
         self.obs = self._repeat(envs.obs)
-        self.episodes = envs.episodes
+
+    @property
+    def episodes(self) -> Episodes:
+        return self.envs.episodes
 
     def _repeat(self, obs: Tensor) -> Tensor:
         return torch.cat((obs,) * self.k, 1)
@@ -313,10 +322,39 @@ class Stacked:
         self.envs.close()
 
 
+class Moved:
+    """`envs`, which are on the CPU, for a policy on `device`: each step's actions are fetched from there, and what they led to is sent there."""
+
+    def __init__(self, envs: Envs, device: str) -> None:
+        self.envs, self.device, self.spaces, self.num_envs = envs, device, envs.spaces, envs.num_envs
+        self.obs = envs.obs.to(device)
+
+    @property
+    def episodes(self) -> Episodes:
+        return self.envs.episodes
+
+    def step(self, act: Tensor) -> Step:
+        reached, *others = self.envs.step(act.cpu())
+        next_obs = reached.to(self.device)
+        self.obs = next_obs if self.envs.obs is reached else self.envs.obs.to(self.device)
+        reward, terminated, truncated = (x.to(self.device) for x in others)
+        return next_obs, reward, terminated, truncated
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.envs.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.envs.load_state_dict(state)
+        self.obs = self.envs.obs.to(self.device)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
 def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
     """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it, "envpool/ID" is one of EnvPool's), already
     reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`:
-    where tensors are and stay; other than "cpu" for the native classic tasks only.
+    where a policy finds and leaves all tensors. The native classic tasks run there; all others stay on the CPU, and their tensors are moved at each step.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -335,22 +373,21 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
         raise UsageError(f"backend of {env} must be one of {', '.join(usable)}, got {backend!r}")
     from onetorch.rl import classic, mujoco_tasks, pool
 
-    on_device = None if device == "cpu" else device
-    if on_device and not (backend == "native" and env in classic.TASKS):
-        raise UsageError(f"{env} cannot run on {device}, only {', '.join(classic.TASKS)} (native) can: leave it on the cpu and move its tensors")
+    there = device != "cpu" and backend == "native" and env in classic.TASKS
     made: Envs
     if backend in ("sync", "processes"):
         made = GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
     elif backend == "envpool":
         made = pool.PoolEnvs(env, num_envs, seed)
     elif env in classic.TASKS:
-        made = classic.Classic(env, num_envs, seed, on_device)
+        made = classic.Classic(env, num_envs, seed, device if there else None)
     else:
         try:
             made = mujoco_tasks.MujocoEnvs(env, num_envs, seed, cores() if backend == "threads" else 1)
         except ImportError as error:
             raise UsageError(_missing(env, error)) from None
-    return made if frame_stack == 1 else Stacked(made, frame_stack)
+    made = made if frame_stack == 1 else Stacked(made, frame_stack)
+    return made if there or device == "cpu" else Moved(made, device)
 
 
 def backends(env: str) -> tuple[str, ...]:

@@ -277,8 +277,8 @@ class ActorCritic(nn.Module):
     def noise(self, *shape: int) -> Tensor:
         """Noise for `act`, (*shape, A): standard Gumbel for choices, normal with the policy's standard deviation for Box."""
         if self.log_std is None:
-            return -torch.empty(*shape, self.act_dim).exponential_().log()
-        return torch.randn(*shape, self.act_dim) * self.log_std.detach().exp()
+            return -torch.empty(*shape, self.act_dim, device=next(self.pi.parameters()).device).exponential_().log()
+        return torch.randn(*shape, self.act_dim, device=self.log_std.device) * self.log_std.detach().exp()
 
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions at obs: drawn from pi by `noise` (…, A), by Gumbel-max for choices; the most likely ones where noise is None."""

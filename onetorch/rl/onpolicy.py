@@ -86,7 +86,7 @@ def fit_value(
     """
     losses: list[Tensor] = []
     for _ in range(epochs):
-        order, losses = torch.randperm(len(obs)), []
+        order, losses = torch.randperm(len(obs), device=obs.device), []
         for part, target in zip(*(x.index_select(0, order).chunk(minibatches) for x in (obs, ret)), strict=True):
             loss = 0.5 * (model.value(part) - target).square().mean()
             optimizer.zero_grad()

@@ -112,12 +112,13 @@ def example(config: Config) -> Tensor:
     return spaces(config).example(8)
 
 
-def begin(config: Config, num_envs: int, backend: str) -> State:
+def begin(config: Config, num_envs: int, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
-    model = build(config)
+    model = build(config).to(device)
     optimizer = Adam((model.policy_parameters(), config.lr), (model.v.parameters(), config.value_lr or config.lr), eps=1e-5)
-    reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
-    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
+    reward_norm = RewardNorm(num_envs, config.gamma).to(device) if config.normalize_reward else None
+    envs = environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device)
+    return State(model, optimizer, envs, reward_norm)
 
 
 def policy_loss(log_ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
@@ -160,7 +161,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
     model, optimizer = state.model, state.optimizer
     data = [batch[name] for name in ("obs", "act", "logp", "adv", "value", "ret")]
     for _ in range(config.epochs):
-        order, seen = torch.randperm(len(data[0])), []
+        order, seen = torch.randperm(len(data[0]), device=data[0].device), []
         shuffled = [x.index_select(0, order) for x in data]
         for obs, act, logp_old, adv, value_old, ret in zip(*(x.chunk(config.minibatches) for x in shuffled), strict=True):
             (logp, entropy), value = model.logp(obs, act), model.value(obs)
@@ -197,7 +198,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
 
 def train(config: Config, run: Run) -> ActorCritic:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # an eighth of an iteration
-        trial = begin(config, choice["num_envs"], choice["backend"])
+        trial = begin(config, choice["num_envs"], choice["backend"], choice["device"])
         part = replace(config, epochs=1, minibatches=max(1, config.epochs * config.minibatches // 8))
         return lambda: update(part, trial, rollout(part, trial, max(1, config.batch_size // choice["num_envs"] // 8)))
 
@@ -208,7 +209,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))
 
-    state = run.restore(begin(config, N, plan["backend"]))
+    state = run.restore(begin(config, N, plan["backend"], plan["device"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, 1 - (state.iteration - 1) / total if config.anneal else 1.0, run)
@@ -219,7 +220,7 @@ def train(config: Config, run: Run) -> ActorCritic:
         run.checkpoint(state)
         run.phase("logging")
     state.envs.close()
-    return state.model
+    return state.model.cpu()
 
 
 def evaluate(model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:

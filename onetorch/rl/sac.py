@@ -111,7 +111,8 @@ class Agent(nn.Module):
         out = self.pi(self.encoder(obs))
         if self.discrete:
             return (out if rng is None else out - torch.empty_like(out).exponential_(generator=rng).log()).argmax(-1)
-        return out.chunk(2, -1)[0].tanh() if rng is None else Squashed.apply(out, torch.randn(len(obs), self.act_dim, generator=rng))[0]
+        noise = None if rng is None else torch.randn(len(obs), self.act_dim, generator=rng, device=out.device)
+        return out.chunk(2, -1)[0].tanh() if noise is None else Squashed.apply(out, noise)[0]
 
 
 @dataclass
@@ -143,22 +144,22 @@ def example(config: Config) -> Tensor:
     return spaces(config).example(8)
 
 
-def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
+def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
-    model, space = build(config), spaces(config)
+    model, space = build(config).to(device), spaces(config)
     if run:
         run.initialize(model)  # before it is copied
     target, target_encoder = copy.deepcopy(model.q).requires_grad_(False), copy.deepcopy(model.encoder).requires_grad_(False)
     model.pi.dtype = model.q.dtype = target.dtype = dtype
-    log_alpha = torch.tensor(math.log(config.alpha or 1.0), requires_grad=config.alpha is None)
+    log_alpha = torch.tensor(math.log(config.alpha or 1.0), device=device, requires_grad=config.alpha is None)
     return State(
         model, target, target_encoder,
         Adam(([model.pi.flat, *([log_alpha] if config.alpha is None else [])], config.lr)),
         Adam(([model.q.flat, *model.encoder.parameters()], config.q_lr or config.lr)),
-        log_alpha, environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack),
+        log_alpha, environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device),
         Replay(config.replay, space.obs_shape, () if space.discrete else (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype,
-               act_dtype=torch.int64 if space.discrete else torch.float32),
-        torch.Generator().manual_seed(config.seed),
+               act_dtype=torch.int64 if space.discrete else torch.float32, device=device),
+        torch.Generator(device).manual_seed(config.seed),
     )  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def bellman_target(config: Config, state: State, batch: Batch, alpha: Tensor) ->
     if state.model.discrete:
         value, _ = soft_value(out, state.target(seen), alpha)
     else:
-        act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
+        act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng, device=out.device))
         value = state.target(torch.cat((seen, act), 1)).squeeze(-1).amin(0) - alpha * logp
     return batch.reward + config.gamma * (1 - batch.terminated) * value
 
@@ -227,7 +228,7 @@ def policy_loss(state: State, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tens
     if state.model.discrete:
         value, logp = soft_value(out, state.model.q(batch.obs, frozen=True).detach(), alpha)
         return -value.mean(), logp.mean()
-    act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng))
+    act, logp = Squashed.apply(out, torch.randn(len(out), state.model.act_dim, generator=state.rng, device=out.device))
     q = state.model.q(torch.cat((batch.obs, act), 1), frozen=True).squeeze(-1)
     q = torch.minimum(*q.unbind())
     return (alpha * logp - q).mean(), logp.mean()
@@ -268,7 +269,7 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 def train(config: Config, run: Run) -> Agent:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # a gradient step on what ten steps gave
-        trial = begin(config, choice["backend"], choice["dtype"])
+        trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
             explore(config, trial, True)
         return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
@@ -278,7 +279,7 @@ def train(config: Config, run: Run) -> Agent:
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 
-    state = run.restore(begin(config, plan["backend"], plan["dtype"], run))
+    state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
     seen: dict[str, Any] = {}
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
@@ -293,7 +294,7 @@ def train(config: Config, run: Run) -> Agent:
             run.phase("logging")
         run.checkpoint(state)
     state.envs.close()
-    return state.model
+    return state.model.cpu()
 
 
 @torch.no_grad()
@@ -303,9 +304,9 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
     if not warm:
         act = model.act(obs, state.rng)
     elif model.discrete:
-        act = torch.randint(model.act_dim, (len(obs),), generator=state.rng)
+        act = torch.randint(model.act_dim, (len(obs),), generator=state.rng, device=obs.device)
     else:
-        act = torch.rand(len(obs), model.act_dim, generator=state.rng) * 2 - 1
+        act = torch.rand(len(obs), model.act_dim, generator=state.rng, device=obs.device) * 2 - 1
     if run:
         run.phase("action")
     next_obs, reward, terminated, truncated = envs.step(act)

@@ -2,7 +2,8 @@
 
 On nets this small the cost is not the arithmetic alone: a matrix library's call on 256 rows reaches a third of what the core can do, and the operations
 between (bias, activation, their gradients, casts) cost as much again; torch's tanh costs more than both. So on a CPU with a C++ compiler both passes are one
-C++ function, `csrc/mlp.cpp`, built once; elsewhere the same in plain torch. Both are differentiable in the usual way: nothing in the algorithms knows of it.
+C++ function, `csrc/mlp.cpp`, built once; elsewhere the same in plain torch, on a GPU for all nets of a stack at once. All are differentiable in the usual way:
+nothing in the algorithms knows of it.
 
 All weights of a stack lie in one flat parameter. So an optimizer's step, a moving average and a copy are one operation each. In a state dict they
 nevertheless stand under the names and in the shapes that an `nn.ModuleList` of `nn.Sequential` of `nn.Linear` gives them.
@@ -42,8 +43,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def dtypes() -> tuple[str, ...]:
-    """What `Stack.dtype` may be here: bfloat16 only where the processor multiplies it."""
-    lib = library()
+    """What `Stack.dtype` may be here: bfloat16 only where the processor multiplies it, and where there is no GPU, whose products are torch's own."""
+    lib = None if torch.cuda.is_available() else library()
     return ("float32", "bfloat16") if lib is not None and lib.onetorch_mlp_bf16() else ("float32",)
 
 
@@ -111,6 +112,8 @@ class Stack(nn.Module):
         if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and self.activation in NATIVE and library() is not None:
             # Where no gradient is asked for, autograd's part would take as long as a small net's pass.
             out = _Pass.apply(x, flat, self, count) if torch.is_grad_enabled() else _forward(x.contiguous(), flat, self, count)[0]
+        elif x.device.type != "cpu" and count > 1 and x.dim() == 2:
+            out = self._together(x, flat, count)
         else:
             parts = iter(self.split(flat))
             out = torch.stack([self._net(x, parts) for _ in range(count)])
@@ -120,6 +123,16 @@ class Stack(nn.Module):
         last = len(self.sizes) - 2
         for i in range(last + 1):
             x = F.linear(x, next(parts), next(parts))
+            x = x if i == last else ACTIVATIONS[self.activation](x)
+        return x
+
+    def _together(self, x: Tensor, flat: Tensor, count: int) -> Tensor:
+        """(count, B, out) with one product a layer for all nets: where each call costs a launch, half as many as for twin critics one by one."""
+        parts = iter(flat.unflatten(0, (self.count or 1, -1))[:count].split([math.prod(s) for s in self.shapes[: len(self.shapes) // (self.count or 1)]], 1))
+        x, last = x.expand(count, *x.shape), len(self.sizes) - 2
+        for i, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
+            weight, bias = next(parts).unflatten(1, (fan_out, fan_in)), next(parts).unsqueeze(1)
+            x = torch.baddbmm(bias, x, weight.mT)
             x = x if i == last else ACTIVATIONS[self.activation](x)
         return x
 

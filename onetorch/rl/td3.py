@@ -137,9 +137,9 @@ def example(config: Config) -> Tensor:
     return spaces(config).example(8)
 
 
-def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None) -> State:
+def begin(config: Config, backend: str | None = None, dtype: str = "float32", run: Run | None = None, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
-    model, target = build(config), build(config)
+    model, target = build(config).to(device), build(config).to(device)
     if run:
         run.initialize(model)  # before it is copied
     target.load_state_dict(model.state_dict())
@@ -151,16 +151,17 @@ def begin(config: Config, backend: str | None = None, dtype: str = "float32", ru
         model, target,
         Adam(([model.pi.flat], config.lr)),
         Adam(([model.q.flat, *model.encoder.parameters()], config.q_lr or config.lr)),
-        environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack),
-        Replay(config.replay, space.obs_shape, (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype),
-        torch.Generator().manual_seed(config.seed),
+        environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device),
+        Replay(config.replay, space.obs_shape, (space.act_dim,), num_envs=config.num_envs, obs_dtype=space.obs_dtype, device=device),
+        torch.Generator(device).manual_seed(config.seed),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def bellman_target(config: Config, state: State, batch: Batch) -> Tensor:
     """y (B,) = r + gamma (1 - d) min_i Q_targ,i(s', clip(pi_targ(s') + clip(eps, -c, c), -1, 1))."""
-    noise = torch.randn(batch.act.shape, generator=state.rng).mul_(config.target_noise).clamp_(-config.noise_clip, config.noise_clip)
+    noise = torch.randn(batch.act.shape, generator=state.rng, device=batch.act.device)
+    noise.mul_(config.target_noise).clamp_(-config.noise_clip, config.noise_clip)
     seen = state.target.encoder(batch.next_obs)
     act = noise.add_(state.target.pi(seen).tanh()).clamp_(-1, 1)
     value = state.target.q(torch.cat((seen, act), 1)).squeeze(-1).amin(0)
@@ -204,7 +205,7 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
 
 def train(config: Config, run: Run) -> Agent:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two gradient steps, one of them the policy's too, on what ten steps gave
-        trial = begin(config, choice["backend"], choice["dtype"])
+        trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
             explore(config, trial, True)
         return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(2)]
@@ -214,7 +215,7 @@ def train(config: Config, run: Run) -> Agent:
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 
-    state = run.restore(begin(config, plan["backend"], plan["dtype"], run))
+    state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
     seen: dict[str, Any] = {}
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
@@ -229,7 +230,7 @@ def train(config: Config, run: Run) -> Agent:
             run.phase("logging")
         run.checkpoint(state)
     state.envs.close()
-    return state.model
+    return state.model.cpu()
 
 
 @torch.no_grad()
@@ -237,9 +238,10 @@ def explore(config: Config, state: State, warm: bool, run: Run | None = None) ->
     """One step of all environments, remembered: pi(s) and noise; `warm`: actions drawn uniformly."""
     model, envs, obs = state.model, state.envs, state.envs.obs
     if warm:
-        act = torch.rand(len(obs), model.act_dim, generator=state.rng) * 2 - 1
+        act = torch.rand(len(obs), model.act_dim, generator=state.rng, device=obs.device) * 2 - 1
     else:
-        act = (model(obs) + config.act_noise * torch.randn(len(obs), model.act_dim, generator=state.rng)).clamp_(-1, 1)
+        noise = torch.randn(len(obs), model.act_dim, generator=state.rng, device=obs.device)
+        act = (model(obs) + config.act_noise * noise).clamp_(-1, 1)
     if run:
         run.phase("action")
     next_obs, reward, terminated, truncated = envs.step(act)

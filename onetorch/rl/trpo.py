@@ -111,12 +111,13 @@ def example(config: Config) -> Tensor:
     return spaces(config).example(8)
 
 
-def begin(config: Config, num_envs: int, backend: str) -> State:
+def begin(config: Config, num_envs: int, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
-    model = build(config)
+    model = build(config).to(device)
     optimizer = Adam((model.v.parameters(), config.value_lr))
-    reward_norm = RewardNorm(num_envs, config.gamma) if config.normalize_reward else None
-    return State(model, optimizer, environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack), reward_norm)
+    reward_norm = RewardNorm(num_envs, config.gamma).to(device) if config.normalize_reward else None
+    envs = environments.make(config.env, num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device)
+    return State(model, optimizer, envs, reward_norm)
 
 
 def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def update(config: Config, state: State, batch: dict[str, Tensor], run: Run | No
 
 def train(config: Config, run: Run) -> ActorCritic:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # about an eighth of an iteration
-        trial = begin(config, choice["num_envs"], choice["backend"])
+        trial = begin(config, choice["num_envs"], choice["backend"], choice["device"])
         part = replace(config, value_minibatches=max(1, config.value_minibatches // 8))
         return lambda: update(part, trial, rollout(part, trial, max(1, config.batch_size // choice["num_envs"] // 8)))
 
@@ -228,7 +229,7 @@ def train(config: Config, run: Run) -> ActorCritic:
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))
 
-    state = run.restore(begin(config, N, plan["backend"]))
+    state = run.restore(begin(config, N, plan["backend"], plan["device"]))
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=T * N):
         batch = rollout(config, state, T, run)
         losses = update(config, state, batch, run)
@@ -239,7 +240,7 @@ def train(config: Config, run: Run) -> ActorCritic:
         run.checkpoint(state)
         run.phase("logging")
     state.envs.close()
-    return state.model
+    return state.model.cpu()
 
 
 def evaluate(model: ActorCritic, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:

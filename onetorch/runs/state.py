@@ -6,6 +6,7 @@ it lacks is written as an object with one `$kind` key.
 """
 
 import dataclasses
+import hashlib
 import math
 import random
 from typing import Any
@@ -96,7 +97,7 @@ def restore(live: Any, node: Any, tensors: dict[str, torch.Tensor], name: str) -
     """Bring `live` to the state in `node`, in place where it is an object, tensor or array, and return it (or the plain value that takes its place)."""
     saved = unpack(node, tensors)
     if isinstance(live, torch.Generator):
-        live.set_state(saved)
+        set_generator(live, saved)
     elif isinstance(live, np.random.Generator):
         live.bit_generator.state = saved
     elif isinstance(live, random.Random):
@@ -124,6 +125,15 @@ def restore(live: Any, node: Any, tensors: dict[str, torch.Tensor], name: str) -
     else:
         return saved
     return live
+
+
+def set_generator(live: torch.Generator, saved: torch.Tensor) -> None:
+    """Bring `live` to the state `saved`. Where that is of another device's generator, whose numbers are others anyway, `live` is seeded by it."""
+    saved = saved.cpu()
+    if saved.shape == live.get_state().shape:
+        live.set_state(saved)
+    else:
+        live.manual_seed(int.from_bytes(hashlib.sha256(saved.numpy().tobytes()).digest()[:7]))
 
 
 def pack_state(state: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:

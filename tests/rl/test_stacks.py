@@ -59,6 +59,18 @@ def reference(stack: Stack, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, li
     return out.detach(), by_x, by_weights
 
 
+@pytest.mark.parametrize(("count", "first"), [(2, None), (3, 2)])
+def test_all_nets_at_once_are_the_nets_one_by_one(count: int, first: int | None) -> None:
+    """What stands in for the C++ passes on a GPU, in float64."""
+    torch.manual_seed(0)
+    stack, x = Stack(count, (5, 16, 12, 3), "silu").double(), torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    alone, together = stack(x, first=first), stack._together(x, stack.flat, first or count)
+    torch.testing.assert_close(together, alone)
+    grad = torch.randn_like(alone)
+    for a, b in zip(*(torch.autograd.grad(out, (x, stack.flat), grad) for out in (alone, together)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def apart(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b).norm() / b.norm().clamp(min=1e-12)).item()
 
