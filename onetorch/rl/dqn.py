@@ -49,7 +49,7 @@ from onetorch.rl.buffer import Batch, PrioritizedReplay, Replay
 from onetorch.rl.nets import Adam
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
-from onetorch.runs.plan import thread_counts
+from onetorch.runs.plan import devices, thread_counts
 from onetorch.runs.run import Run
 
 LOG_STEPS = 1000  # environment steps between two rows of metrics
@@ -263,7 +263,7 @@ def train(config: Config, run: Run) -> QNet:
         return work
 
     key = f"dqn {config.env} {config.num_envs} {config.hidden} {config.batch_size} {config.update_every} {config.updates}"
-    plan = run.plan(measure, key=key, backend=environments.backends(config.env), threads=thread_counts())
+    plan = run.plan(measure, key=key, device=devices(), backend=environments.backends(config.env), threads=thread_counts())
     total = math.ceil(config.total_steps / config.update_every)
     decay = config.epsilon_fraction * config.total_steps
 

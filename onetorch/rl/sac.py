@@ -43,7 +43,7 @@ from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
 from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
-from onetorch.runs.plan import thread_counts
+from onetorch.runs.plan import devices, thread_counts
 from onetorch.runs.run import Run
 
 
@@ -275,7 +275,7 @@ def train(config: Config, run: Run) -> Agent:
         return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
-    plan = run.plan(measure, key=key, backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
+    plan = run.plan(measure, key=key, device=devices(), backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 

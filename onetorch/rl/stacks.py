@@ -43,8 +43,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def dtypes() -> tuple[str, ...]:
-    """What `Stack.dtype` may be here: bfloat16 only where the processor multiplies it, and where there is no GPU, whose products are torch's own."""
-    lib = None if torch.cuda.is_available() else library()
+    """What `Stack.dtype` may be here: bfloat16 only where the processor multiplies it. On a GPU, whose products are torch's own, it makes no difference."""
+    lib = library()
     return ("float32", "bfloat16") if lib is not None and lib.onetorch_mlp_bf16() else ("float32",)
 
 

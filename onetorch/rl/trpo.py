@@ -36,7 +36,7 @@ from onetorch.rl import envs as environments
 from onetorch.rl.nets import ActorCritic, Adam
 from onetorch.rl.onpolicy import RewardNorm, collect, env_counts, fit_value, scores
 from onetorch.rl.returns import explained_variance
-from onetorch.runs.plan import thread_counts
+from onetorch.runs.plan import devices, thread_counts
 from onetorch.runs.run import Run
 
 
@@ -224,7 +224,7 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     sizes = env_counts(config.num_envs, config.batch_size)
     key = f"trpo {config.env} {config.hidden} {config.batch_size} {config.cg_steps} {config.value_epochs} {config.value_minibatches}"
-    plan = run.plan(measure, key=key, num_envs=sizes, backend=environments.backends(config.env), threads=thread_counts())
+    plan = run.plan(measure, key=key, device=devices(), num_envs=sizes, backend=environments.backends(config.env), threads=thread_counts())
     N = plan["num_envs"]
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))

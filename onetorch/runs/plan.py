@@ -132,6 +132,13 @@ def thread_counts() -> tuple[int, ...]:
     return tuple(n for n in (1, 2, 4) if n <= provenance.cores())
 
 
+def devices() -> tuple[str, ...]:
+    """What there is to compute on, the processor first: the candidates for "device" of an algorithm whose nets may be too small for a GPU."""
+    import torch
+
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def set_threads(choice: Choice) -> None:
     """Give torch the plan's number of threads, if it has one."""
     import torch

@@ -254,14 +254,16 @@ class Run:
         Every keyword is a dimension with its candidates, the default first: `threads=(1, 2, 4), dtype=("float32", "bfloat16")`. `measure(choice)` returns a
         function of no arguments that does one fixed amount of work under `choice`, on throwaway copies. `key` names what else the answer depends on (the
         model's size). `asked` are more candidates of a dimension, which are chosen where `--plan` asks for them and not measured else. A resumed run keeps its
-        plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, and torch has its `threads`.
+        plan, `--plan` fixes it, an equal run takes it from the machine's cache. The plan always has a `device`, the GPU where there is one: only an algorithm
+        that names the candidates (`plan.devices()`) has them measured. Torch has the plan's `threads`.
         """
-        dimensions = {"device": ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), **dimensions}
+        given = "device" in dimensions
+        dimensions = {"device": plan.devices()[::-1], **dimensions}
         if self._threads and "threads" in dimensions:
             dimensions["threads"] = tuple(n for n in dimensions["threads"] if n <= self._threads) or (self._threads,)
         narrowed = plan.fix(dimensions, self.record["fixed"], asked)
-        # The device is a matter of what the machine has: measured only where nothing else is to be decided, it would cost a model on each.
-        narrowed["device"] = narrowed["device"][:1]
+        if not given:  # to measure it would cost a model on each
+            narrowed["device"] = narrowed["device"][:1]
         recorded = self.record["plan"]
         key = plan.cache_key(key or self.record["recipe"], narrowed)
         note = ""

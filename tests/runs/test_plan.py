@@ -135,6 +135,20 @@ def test_a_run_measures_once_leaves_the_generators_alone_and_keeps_its_plan(tmp_
     assert len(calls) == count
 
 
+def test_the_device_is_measured_where_its_candidates_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """"cpu:0" stands for a GPU that is faster."""
+
+    def measure(choice: dict[str, Any]) -> Any:
+        return lambda: time.sleep({"cpu": 0.01, "cpu:0": 0.001}[choice["device"]])
+
+    assert plan.devices()[0] == "cpu"
+    monkeypatch.setattr(plan, "devices", lambda: ("cpu", "cpu:0"))
+    with Run(tmp_path / "a", idea.Config()) as run:
+        assert run.plan(measure, key="named", device=plan.devices()) == {"device": "cpu:0"}
+    with Run(tmp_path / "b", idea.Config()) as run:
+        assert run.plan(None, key="not named", threads=(1,)) == {"device": "cpu:0", "threads": 1}  # the last, as it stands
+
+
 def test_a_plan_that_was_fixed_but_not_yet_made_is_kept_on_resume(tmp_path: Path) -> None:
     Run(tmp_path / "r", idea.Config(), fixed={"way": "slow"}, quiet=True).close("killed")
     with Run(tmp_path / "r", idea.Config(), resume=True, quiet=True) as run:
