@@ -147,7 +147,7 @@ def sac(Config: Any) -> Any:
     return Config()
 
 
-@recipe("sac", reaches="mean return 9,880 after 300,000 steps (9,830 and 9,940 over 2 seeds; stable-baselines3's SAC 5,550), 1,480 CPU-s on one core")
+@recipe("sac", reaches="mean return 9,920 after 300,000 steps (9,830 to 10,000 over 3 seeds; stable-baselines3's SAC 5,550), 1,400 CPU-s on one core")
 def sac_halfcheetah(Config: Any) -> Any:
     """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
