@@ -147,13 +147,13 @@ def sac(Config: Any) -> Any:
     return Config()
 
 
-@recipe("sac", reaches="mean return 9,920 after 300,000 steps (9,830 to 10,000 over 3 seeds; stable-baselines3's SAC 5,550), 1,400 CPU-s on one core")
+@recipe("sac", reaches="mean return 9,920 after 300,000 steps (9,830 to 10,000 over 3 seeds; stable-baselines3's SAC 5,550), 1,350 CPU-s on one core")
 def sac_halfcheetah(Config: Any) -> Any:
     """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="mean return 3,000 after 300,000 steps (one seed), 1,720 CPU-s on one core of a busy machine")
+@recipe("sac", reaches="mean return 3,140 after 300,000 steps (3,000 and 3,280 over 2 seeds), 1,360 CPU-s on one core")
 def sac_hopper(Config: Any) -> Any:
     """SAC on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **SAC_MUJOCO)
@@ -177,7 +177,7 @@ def td3(Config: Any) -> Any:
     return Config()
 
 
-@recipe("td3", reaches="mean return 8,450 after 300,000 steps (7,250 and 9,660 over 2 seeds; stable-baselines3's TD3 3,400), 1,200 CPU-s on one core of a busy machine")
+@recipe("td3", reaches="mean return 8,450 after 300,000 steps (7,250 and 9,660 over 2 seeds; stable-baselines3's TD3 3,400), 1,200 CPU-s on one busy core")
 def td3_halfcheetah(Config: Any) -> Any:
     """TD3 on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
