@@ -72,9 +72,8 @@ def _swimmer(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarr
 
 
 def _hopper(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    state = np.concatenate((b["qpos"], b["qvel"]), 1)[:, 2:]
-    z, angle = b["qpos"][:, 1], b["qpos"][:, 2]
-    healthy = ((state > -100) & (state < 100)).all(1) & (z > 0.7) & (angle > -0.2) & (angle < 0.2)
+    state = np.abs(np.concatenate((b["qpos"][:, 2:], b["qvel"]), 1))  # the angle first
+    healthy = (np.maximum.reduce(state, 1) < 100) & (b["qpos"][:, 1] > 0.7) & (state[:, 0] < 0.2)
     return velocity[:, 0] + healthy * 1.0 - _effort(act, 1e-3), ~healthy
 
 

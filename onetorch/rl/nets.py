@@ -5,14 +5,13 @@ a whole rollout at once (`ActorCritic.noise`), which leaves two cheap operations
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from onetorch.rl import stacks
 from onetorch.rl.envs import Spaces
@@ -42,31 +41,46 @@ def categorical_logp(logits: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, act.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-class _GaussianLogp(torch.autograd.Function):
-    """`gaussian_logp`'s first result. With z = (a - mean) / std its gradients are z / std by the mean and z^2 - 1 by log std: a few operations, where autograd
-    takes a dozen, one for each of the formula's."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, log_std: Tensor, act: Tensor) -> Tensor:
-        scale = torch.exp(-log_std)
-        z = (act - mean).mul_(scale)
-        ctx.save_for_backward(z, scale)
-        return z.square().sum(-1).mul_(-0.5).sub_(log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        z, scale = ctx.saved_tensors
-        return grad.unsqueeze(-1) * (z * scale), grad.flatten() @ (z.square() - 1).flatten(0, -2), None
-
-
 def gaussian_logp(mean: Tensor, log_std: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a|s) and entropy of the Gaussian N(mean, diag exp(log_std)^2), mean and act (B, A), log_std (A,): a tensor (B,), differentiable once, and one ().
+    """log pi(a|s) and entropy of the Gaussian N(mean, diag exp(log_std)^2), mean and act (B, A), log_std (A,): a tensor (B,) and one ().
 
     log pi = -sum_i [ (a_i - mean_i)^2 / (2 std_i^2) + log_std_i + log(2 pi) / 2 ]        H = sum_i [ log_std_i + (1 + log(2 pi)) / 2 ]
     """
-    entropy = log_std.sum() + 0.5 * (1 + math.log(2 * math.pi)) * log_std.numel()
-    return cast(Tensor, _GaussianLogp.apply(mean, log_std, act)), entropy
+    log_norm = log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel()
+    return -0.5 * ((act - mean) * torch.exp(-log_std)).square().sum(-1) - log_norm, log_norm + 0.5 * log_std.numel()
+
+
+def categorical_vjp(logits: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, float], Tensor]]:
+    """`categorical_logp` without a graph, and the way back: from a loss's slopes by log pi (B,) and by the mean entropy to that by the logits (B, A).
+
+    d log pi / d logits = onehot(a) - p        d H / d logits = -p (log p + H)
+    """
+    every = F.log_softmax(logits, dim=-1)
+    p, index = every.exp(), act.unsqueeze(-1)
+    entropy = -(p * every).sum(-1)
+
+    def backward(by_logp: Tensor, by_entropy: float) -> Tensor:
+        by_logp = by_logp.unsqueeze(-1)
+        slope = (-by_logp * p).scatter_add_(-1, index, by_logp)
+        return slope.addcmul_(p, every + entropy.unsqueeze(-1), value=-by_entropy / len(entropy)) if by_entropy else slope
+
+    return every.gather(-1, index).squeeze(-1), entropy, backward
+
+
+def gaussian_vjp(mean: Tensor, log_std: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
+    """`gaussian_logp` without a graph, and the way back: from a loss's slopes by log pi (B,) and by the entropy to those by mean (B, A) and log_std (A,).
+
+    With z = (a - mean) / std:        d log pi / d mean = z / std        d log pi / d log std = z^2 - 1        d H / d log std = 1
+    """
+    scale, log_norm = torch.exp(-log_std), log_std.sum() + 0.5 * math.log(2 * math.pi) * log_std.numel()
+    z = (act - mean).mul_(scale)
+    squared = z.square()
+
+    def backward(by_logp: Tensor, by_entropy: float) -> tuple[Tensor, Tensor]:
+        by_mean = (z * scale).mul_(by_logp.unsqueeze(-1))
+        return by_mean, (by_logp @ (squared - 1)).add_(by_entropy)
+
+    return squared.sum(-1).mul_(-0.5).sub_(log_norm), log_norm + 0.5 * log_std.numel(), backward
 
 
 def categorical_kl(logits: Tensor, other: Tensor) -> Tensor:
@@ -155,6 +169,10 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.shift: Tensor  # the mean and the standard deviation in float32, made when they change, because `forward` is called for every step
+        self.scale: Tensor
+        self.register_buffer("shift", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale", torch.ones(dim), persistent=False)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -166,13 +184,18 @@ class RunningNorm(nn.Module):
         self.var.copy_((self.var * self.count + var * n + shift.square() * self.count * n / total) / total)
         self.mean.add_(shift * n / total)
         self.count.copy_(total)
+        self._round()
 
-    def std(self) -> Tensor:
-        """(dim,) float32."""
-        return (self.var + 1e-8).sqrt().float()
+    def _round(self) -> None:
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.var + 1e-8).sqrt())
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._round()
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean.float()) / self.std()).clamp(-self.clip, self.clip)
+        return (x - self.shift).div_(self.scale).clamp_(-self.clip, self.clip)
 
 
 class Pixels(nn.Module):
@@ -296,6 +319,32 @@ class ActorCritic(nn.Module):
             parts = [categorical_logp(*part) for part in zip(out.split(self.multi, -1), act.unbind(-1), strict=True)]
             return torch.stack([logp for logp, _ in parts]).sum(0), torch.stack([entropy for _, entropy in parts]).sum(0)
         return categorical_logp(out, act) if self.log_std is None else gaussian_logp(out, self.log_std, act)
+
+    def vjp(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor, Tensor, float], None]]:
+        """log pi(act|obs) (B,), the entropy of pi(.|obs) and v (B,) without a graph, for *normalised* observations (B, D); and the way back: given a loss's
+        slopes by log pi (B,), by v (B,) and by the mean entropy, it adds the loss's gradients to those of the weights.
+
+        On nets this small autograd takes longer than all else that a gradient step does. So the formulas' derivatives are written out, and the nets go back
+        by `stacks.vjp`.
+        """
+        out, back_pi = stacks.vjp(self.pi, obs)
+        v, back_v = stacks.vjp(self.v, obs)
+        if self.log_std is not None:
+            logp, entropy, gaussian = gaussian_vjp(out, self.log_std.detach(), act)
+        else:
+            parts = [categorical_vjp(*part) for part in zip(out.split(self.multi or out.shape[-1], -1), act.unbind(-1) if self.multi else (act,), strict=True)]
+            logp, entropy = (sum(each[1:], each[0]) for each in ([part[0] for part in parts], [part[1] for part in parts]))
+
+        def backward(by_logp: Tensor, by_v: Tensor, by_entropy: float) -> None:
+            if self.log_std is not None:
+                slope, by_log_std = gaussian(by_logp, by_entropy)
+                self.log_std.grad = by_log_std if self.log_std.grad is None else self.log_std.grad.add_(by_log_std)
+            else:
+                slope = torch.cat([choice(by_logp, by_entropy) for _, _, choice in parts], -1)
+            back_pi(slope)
+            back_v(by_v.unsqueeze(-1))
+
+        return logp, entropy, v.squeeze(-1), backward
 
     def dist(self, obs: Tensor) -> tuple[Tensor, ...]:
         """What pi(.|obs) is made of, for *normalised* observations: (logits,) of choices, (mean, log_std) for Box; `kl` compares two of them."""

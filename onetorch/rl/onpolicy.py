@@ -31,7 +31,7 @@ class RewardNorm(nn.Module):
         discounted = discounted_return(reward, done, self.gamma, self.discounted)
         self.discounted.copy_(discounted[-1] * ~done[-1])
         self.moments.update(discounted.reshape(-1, 1))
-        return (reward / self.moments.std()).clamp(-10, 10)
+        return (reward / self.moments.scale).clamp(-10, 10)
 
 
 @torch.no_grad()

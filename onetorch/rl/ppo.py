@@ -164,30 +164,25 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
         order, seen = torch.randperm(len(data[0]), device=data[0].device), []
         shuffled = [x.index_select(0, order) for x in data]
         for obs, act, logp_old, adv, value_old, ret in zip(*(x.chunk(config.minibatches) for x in shuffled), strict=True):
-            (logp, entropy), value = model.logp(obs, act), model.value(obs)
-            log_ratio, v = logp.detach() - logp_old, value.detach()
-            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy. Autograd is told its slope by each of the nets' outputs: on nets so small
-            # the formulas' own way back would make a gradient step a third longer.
-            outputs = [logp, value]
-            slopes = [policy_slope(log_ratio, adv, config.clip), config.value_coef * value_slope(v, value_old, ret, config.value_clip)]
-            if config.entropy_coef:
-                outputs.append(entropy)
-                slopes.append(torch.full_like(entropy, -config.entropy_coef / entropy.numel()))
+            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy; its slopes by what the nets gave are all that they need to go back.
+            logp, entropy, value, backward = model.vjp(obs, act)
+            log_ratio = logp - logp_old
             optimizer.zero_grad()
-            torch.autograd.backward(outputs, slopes)
+            by_logp = policy_slope(log_ratio, adv, config.clip)
+            backward(by_logp, config.value_coef * value_slope(value, value_old, ret, config.value_clip), -config.entropy_coef)
             grad_norm = optimizer.clip(config.max_grad_norm or math.inf)
             if run:
                 run.finite(grad_norm=grad_norm)
             optimizer.step(left)
-            seen.append((log_ratio, v, entropy.detach().reshape(-1)))
-        log_ratio, v, entropy = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            seen.append((log_ratio, value, entropy.reshape(-1)))
+        log_ratio, value, entropy = (torch.cat(parts) for parts in zip(*seen, strict=True))
         kl = (log_ratio.exp() - 1 - log_ratio).mean().item()  # KL(pi_old, pi) with low variance: Schulman 2020, "Approximating KL divergence"
         if config.target_kl is not None and kl > config.target_kl:
             break
     _, _, _, adv, value_old, ret = shuffled
     return {
         "policy_loss": policy_loss(log_ratio, adv, config.clip).item(),
-        "value_loss": value_loss(v, value_old, ret, config.value_clip).item(),
+        "value_loss": value_loss(value, value_old, ret, config.value_clip).item(),
         "entropy": entropy.mean().item(),
         "kl": kl,
         "clipped": ((log_ratio.exp() - 1).abs() > config.clip).float().mean().item(),

@@ -3,7 +3,7 @@
 On nets this small the cost is not the arithmetic alone: a matrix library's call on 256 rows reaches a third of what the core can do, and the operations
 between (bias, activation, their gradients, casts) cost as much again; torch's tanh costs more than both. So on a CPU with a C++ compiler both passes are one
 C++ function, `csrc/mlp.cpp`, built once; elsewhere the same in plain torch, on a GPU for all nets of a stack at once. All are differentiable in the usual way:
-nothing in the algorithms knows of it.
+nothing in the algorithms knows of it. Where even autograd's part is too much, `vjp` goes back without it.
 
 All weights of a stack lie in one flat parameter. So an optimizer's step, a moving average and a copy are one operation each. In a state dict they
 nevertheless stand under the names and in the shapes that an `nn.ModuleList` of `nn.Sequential` of `nn.Linear` gives them.
@@ -59,6 +59,17 @@ def _forward(x: Tensor, flat: Tensor, stack: "Stack", count: int) -> tuple[Tenso
     return out, hidden, shape
 
 
+def _backward(
+    shape: tuple[Any, ...], widest: int, x: Tensor, flat: Tensor, hidden: Tensor, grad: Tensor, grad_flat: Tensor | None, grad_x: Tensor | None
+) -> None:
+    """The gradients by `flat` and by x, where there is a tensor for them, from that by out, after `_forward`."""
+    lib = library()
+    assert lib is not None
+    grad, work = grad.contiguous(), torch.empty(2, len(x), widest)
+    pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad, grad_flat, grad_x, work)]
+    lib.onetorch_mlp_backward(*shape, *pointers, torch.get_num_threads())
+
+
 class _Pass(torch.autograd.Function):
     """x (B, in), flat -> (count, B, out), in C++, by the first `count` nets."""
 
@@ -73,15 +84,10 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        lib = library()
-        assert lib is not None
         x, flat, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_flat = (torch.empty_like if ctx.whole else torch.zeros_like)(flat) if ctx.needs_input_grad[1] else None
-        work = torch.empty(2, len(x), ctx.widest)
-        pointers = [None if t is None else t.data_ptr() for t in (x, flat, hidden, grad, grad_flat, grad_x, work)]
-        lib.onetorch_mlp_backward(*ctx.shape, *pointers, torch.get_num_threads())
+        _backward(ctx.shape, ctx.widest, x, flat, hidden, grad, grad_flat, grad_x)
         return grad_x, grad_flat, None, None
 
 
@@ -109,7 +115,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, frozen: bool = False, first: int | None = None) -> Tensor:
         """`frozen`: gradients flow to x alone. `first`: only so many of the nets are asked."""
         flat, count = self.flat.detach() if frozen else self.flat, first or self.count or 1
-        if x.device.type == "cpu" and x.dtype == flat.dtype == torch.float32 and x.dim() == 2 and self.activation in NATIVE and library() is not None:
+        if self.native(x):
             # Where no gradient is asked for, autograd's part would take as long as a small net's pass.
             out = _Pass.apply(x, flat, self, count) if torch.is_grad_enabled() else _forward(x.contiguous(), flat, self, count)[0]
         elif x.device.type != "cpu" and count > 1 and x.dim() == 2:
@@ -118,6 +124,10 @@ class Stack(nn.Module):
             parts = iter(self.split(flat))
             out = torch.stack([self._net(x, parts) for _ in range(count)])
         return out.squeeze(0) if self.count is None else out
+
+    def native(self, x: Tensor) -> bool:
+        """Whether x goes through the C++ passes."""
+        return x.device.type == "cpu" and x.dtype == self.flat.dtype == torch.float32 and x.dim() == 2 and self.activation in NATIVE and library() is not None
 
     def _net(self, x: Tensor, parts: Iterator[Tensor]) -> Tensor:
         last = len(self.sizes) - 2
@@ -155,3 +165,25 @@ class Stack(nn.Module):
                 error_msgs.append(f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(part.shape)}")
             elif name in state_dict:
                 part.copy_(state_dict[name])
+
+
+def vjp(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """net(x) without a graph, and the way back: given a loss's gradient by it (a vector-Jacobian product), it adds that by the weights to their `grad`.
+
+    A Stack in C++ goes both ways without autograd, which on nets of 64 units takes longer than their passes. `net` may be any module; x gets no gradient.
+    """
+    if not (isinstance(net, Stack) and net.native(x)):
+        out = net(x)
+        return out.detach(), out.backward
+    x, flat = x.contiguous(), net.flat
+    out, hidden, shape = _forward(x, flat, net, net.count or 1)
+
+    def backward(grad: Tensor) -> None:
+        grad_flat = torch.empty_like(flat)
+        _backward(shape, max(net.sizes), x, flat, hidden, grad, grad_flat, None)
+        if flat.grad is None:
+            flat.grad = grad_flat
+        else:
+            flat.grad.add_(grad_flat)
+
+    return out.squeeze(0) if net.count is None else out, backward

@@ -8,7 +8,21 @@ from torch import nn
 
 from onetorch.rl import stacks
 from onetorch.rl.envs import Spaces
-from onetorch.rl.nets import ActorCritic, Adam, Encoder, Pixels, RunningNorm, categorical_kl, categorical_logp, encoder, gaussian_kl, gaussian_logp, mlp
+from onetorch.rl.nets import (
+    ActorCritic,
+    Adam,
+    Encoder,
+    Pixels,
+    RunningNorm,
+    categorical_kl,
+    categorical_logp,
+    categorical_vjp,
+    encoder,
+    gaussian_kl,
+    gaussian_logp,
+    gaussian_vjp,
+    mlp,
+)  # fmt: skip
 
 
 def test_categorical_against_torch_distributions() -> None:
@@ -34,11 +48,47 @@ def test_gaussian_by_hand() -> None:
     assert logp.item() == pytest.approx(-0.5 - math.log(2.0) - 0.5 * math.log(2 * math.pi))
 
 
-def test_gaussian_gradients() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mean, act = (torch.randn(4, 5, 3, generator=generator, dtype=torch.float64, requires_grad=grad) for grad in (True, False))
-    log_std = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda mean, log_std: gaussian_logp(mean, log_std, act), (mean, log_std))
+def test_way_back_by_hand() -> None:
+    # z = (3 - 1) / 2 = 1: by the mean z / std = 1/2, by log std z^2 - 1 = 0 and the entropy's 1
+    _, _, gaussian = gaussian_vjp(torch.ones(1, 1), torch.tensor([math.log(2.0)]), torch.tensor([[3.0]]))
+    by_mean, by_log_std = gaussian(torch.tensor([4.0]), 5.0)
+    assert (by_mean.item(), by_log_std.item()) == (pytest.approx(2.0), pytest.approx(5.0))
+    # p = (1/4, 3/4), a = 1: by the logits onehot - p = (-1/4, 1/4)
+    _, _, categorical = categorical_vjp(torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([1]))
+    torch.testing.assert_close(categorical(torch.tensor([4.0]), 0.0), torch.tensor([[-1.0, 1.0]]))
+    # dH / dlogits = -p (log p + H), H = log 4 - 3/4 log 3: (-1/4 (-3/4 log 3), -3/4 (1/4 log 3))
+    torch.testing.assert_close(categorical(torch.tensor([0.0]), 1.0), 3 / 16 * math.log(3.0) * torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("spaces", "activation"),
+    [
+        (Spaces(3, 2, False), "tanh"),
+        (Spaces(3, 2, False), "silu"),
+        (Spaces(3, 4, True), "relu"),
+        (Spaces(3, 5, True, multi=(2, 3)), "tanh"),
+        (Spaces(0, 3, True, image=(1, 12, 12)), "relu"),
+    ],
+    ids=["box", "box, torch's passes", "choice", "choices", "pixels"],
+)
+def test_way_back_is_autograds(spaces: Spaces, activation: str) -> None:
+    torch.manual_seed(0)
+    model = ActorCritic(spaces, (64, 64), activation, log_std=-0.5)
+    obs = spaces.example(40)
+    act = model.act(obs, model.noise(40)).detach()
+    by_logp, by_v, coef = torch.randn(40), torch.randn(40), 0.3
+    for _ in range(2):  # it adds
+        logp, entropy, value, backward = model.vjp(obs, act)
+        assert not any(x.requires_grad for x in (logp, entropy, value))
+        backward(by_logp, by_v, coef)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (plain_logp, plain_entropy), plain_value = model.logp(obs, act), model.value(obs)
+    torch.testing.assert_close((logp, entropy, value), (plain_logp.detach(), plain_entropy.detach(), plain_value.detach()))
+    ((plain_logp * by_logp).sum() + coef * plain_entropy.mean() + (plain_value * by_v).sum()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(found[name], 2 * p.grad, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -101,6 +151,10 @@ def test_running_norm_has_the_moments_of_all_rows() -> None:
     torch.testing.assert_close(norm.mean, data.double().mean(0))
     torch.testing.assert_close(norm.var, data.double().var(0, correction=0))
     torch.testing.assert_close(norm(data).std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
+    assert set(norm.state_dict()) == {"mean", "var", "count"}
+    other = RunningNorm(3)
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(other(data), norm(data))
 
 
 def test_kl_by_hand() -> None:
