@@ -102,9 +102,9 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std
 class Adam:
     """Adam, Kingma and Ba 2014, arXiv:1412.6980, on one vector of weights (P,): a step and the norm of the gradient are a few calls, not a few per weight.
 
-    Each of `groups` is parameters and their step size. The parameters become views of `weights`, and their gradients views of `grad`; both stay so as long as
-    nobody sets a gradient to None. The arithmetic is that of torch.optim.Adam, whose first use imports torch's compiler, over a second of processor time:
-    half of what CartPole takes. In float32 on a CPU a step is one C++ function where there is a compiler (`stacks`).
+    Each of `groups` is parameters and their step size. The parameters become views of `weights`. Gradients are None until a backward pass makes them, since
+    to add them to zeros would read and write them once more. The arithmetic is that of torch.optim.Adam, whose first use imports torch's compiler, over a
+    second of processor time: half of what CartPole takes. In float32 on a CPU a step is one C++ function where there is a compiler (`stacks`).
 
     >>> net = nn.Linear(2, 1)
     >>> optimizer = Adam((net.parameters(), 0.1))
@@ -115,34 +115,47 @@ class Adam:
 
     def __init__(self, *groups: tuple[Iterable[Tensor], float], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         each = [(p, lr) for params, lr in groups for p in params]
-        self.weights = torch.cat([p.detach().reshape(-1) for p, _ in each])
-        self.lr = torch.cat([torch.full_like(p.detach().reshape(-1), lr) for p, lr in each])
+        self.params = [p for p, _ in each]
+        self.weights = torch.cat([p.detach().reshape(-1) for p in self.params])
+        rates = {lr for _, lr in each}  # where all are the same a step has a vector less to read
+        self.lr = rates.pop() if len(rates) == 1 else torch.cat([torch.full_like(p.detach().reshape(-1), lr) for p, lr in each])
         self.betas, self.eps, self.steps = betas, eps, 0
-        self.grad, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
-        sizes = [p.numel() for p, _ in each]
-        for (p, _), weights, grad in zip(each, self.weights.split(sizes), self.grad.split(sizes), strict=True):
-            p.data, p.grad = weights.view_as(p), grad.view_as(p)
+        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.clipped: Tensor | None = None  # the gradient that `clip` leaves for the step
+        for p, weights in zip(self.params, self.weights.split([p.numel() for p in self.params]), strict=True):
+            p.data, p.grad = weights.view_as(p), None
+
+    @property
+    def grad(self) -> Tensor:
+        """(P,): the gradient of a single parameter as it stands, else those of all side by side, zeros where there is none."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
     def zero_grad(self) -> None:
-        self.grad.zero_()
+        self.clipped = None
+        for p in self.params:
+            p.grad = None
 
     def clip(self, max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` where its norm is above that. Returns the norm before."""
-        norm = self.grad.norm().item()
+        """Scale the gradient of the step that follows down to `max_norm` where its norm is above that. Returns the norm before."""
+        self.clipped = self.grad
+        norm = self.clipped.norm().item()
         if norm > max_norm:
-            self.grad.mul_(max_norm / norm)
+            self.clipped.mul_(max_norm / norm)
         return norm
 
     def step(self, left: float = 1.0) -> None:
         """w <- w - left lr m / (sqrt(s) + eps), m and s the moving averages of g and g^2, each divided by how much of a whole average it is yet."""
+        grad, self.clipped = self.grad if self.clipped is None else self.clipped, None
         self.steps += 1
         one, two = (1 - beta**self.steps for beta in self.betas)
         if self.weights.device.type == "cpu" and self.weights.dtype == torch.float32 and (lib := stacks.library()) is not None:
-            pointers = [x.data_ptr() for x in (self.weights, self.grad, self.mean, self.square, self.lr)]
-            lib.onetorch_adam(len(self.weights), *pointers, 1 - self.betas[0], self.betas[1], self.eps, left / one, two)
+            pointers = [x.data_ptr() for x in (self.weights, grad, self.mean, self.square)]
+            each, all_alike = (self.lr.data_ptr(), 0.0) if isinstance(self.lr, Tensor) else (None, self.lr)
+            lib.onetorch_adam(len(self.weights), *pointers, each, all_alike, 1 - self.betas[0], self.betas[1], self.eps, left / one, two)
             return
-        self.mean.lerp_(self.grad, 1 - self.betas[0])
-        self.square.mul_(self.betas[1]).addcmul_(self.grad, self.grad, value=1 - self.betas[1])
+        self.mean.lerp_(grad, 1 - self.betas[0])
+        self.square.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
         self.weights.addcdiv_(self.mean * self.lr, (self.square / two).sqrt_().add_(self.eps), value=-left / one)
 
     def state_dict(self) -> dict[str, Any]:

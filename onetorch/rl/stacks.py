@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
         sizes: list[Any] = [ctypes.c_int, ctypes.c_int, i64, i64, i64, ctypes.POINTER(i64)]
         lib.onetorch_mlp_forward.argtypes = [*sizes, *[pointer] * 4, ctypes.c_int]
         lib.onetorch_mlp_backward.argtypes = [*sizes, *[pointer] * 7, ctypes.c_int]
-        lib.onetorch_adam.argtypes = [i64, *[pointer] * 5, *[ctypes.c_float] * 5]
+        lib.onetorch_adam.argtypes = [i64, *[pointer] * 5, *[ctypes.c_float] * 6]
         lib.onetorch_adam.restype = None
     return lib
 

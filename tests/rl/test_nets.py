@@ -208,22 +208,31 @@ def test_adam_is_torchs_on_one_vector() -> None:
 
 
 @pytest.mark.parametrize("P", [1, 15, 16, 37, 1000])
-def test_adam_in_cpp_and_in_torch(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both against the same arithmetic in float64, over lengths that do and do not fill vectors."""
+@pytest.mark.parametrize("rates", [(0.02,), (0.02, 0.005)], ids=["one step size", "two"])
+def test_adam_in_cpp_and_in_torch(P: int, rates: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both against torch.optim.Adam in float64, over lengths that do and do not fill vectors."""
     if stacks.library() is None:
         pytest.skip("no C++ compiler on this machine")
     torch.manual_seed(0)
-    begin, grads = torch.randn(P), torch.randn(20, P) * torch.logspace(-4, 2, P)
-    ways = {"float64": begin.double(), "native": begin.clone(), "torch": begin.clone()}
-    for name, weights in ways.items():
-        if name == "torch":
-            monkeypatch.setattr(stacks, "library", lambda: None)
-        optimizer = Adam(([weights], 0.02))
-        for k, grad in enumerate(grads):
-            optimizer.grad.copy_(grad)
-            optimizer.step(1 - k / 20)
-    for name in ("native", "torch"):
-        torch.testing.assert_close(ways[name].double(), ways["float64"], rtol=1e-5, atol=1e-5)
+    begins, grads = torch.randn(len(rates), P), torch.randn(20, len(rates), P) * torch.logspace(-4, 2, P)
+    reference = [begin.double() for begin in begins]
+    optimizers = [torch.optim.Adam([{"params": [p], "lr": lr}]) for p, lr in zip(reference, rates, strict=True)]
+    ways = {"native": [*begins.clone()], "torch": [*begins.clone()]}
+    ours = {name: Adam(*(([p], lr) for p, lr in zip(params, rates, strict=True))) for name, params in ways.items()}
+    for k, grad in enumerate(grads):
+        for params in (reference, *ways.values()):
+            for p, g in zip(params, grad, strict=True):
+                p.grad = g.to(p.dtype)
+        for optimizer, lr in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * (1 - k / 20)
+            optimizer.step()
+        ours["native"].step(1 - k / 20)
+        with monkeypatch.context() as without:
+            without.setattr(stacks, "library", lambda: None)
+            ours["torch"].step(1 - k / 20)
+    for name, optimizer in ours.items():
+        torch.testing.assert_close(torch.stack(ways[name]).double(), torch.stack(reference), rtol=1e-5, atol=1e-5)
+        assert torch.equal(optimizer.weights, torch.cat(ways[name]))
 
 
 def test_several_choices_are_independent() -> None:

@@ -29,19 +29,20 @@ inline vf root(vf x) {
 
 }  // namespace
 
-// m <- m + (1 - beta1) (g - m), s <- beta2 s + (1 - beta2) g^2, w <- w - rate lr m / (sqrt(s / two) + eps), with `toward` = 1 - beta1; lr is one number per weight.
-extern "C" void onetorch_adam(int64_t P, float* weights, const float* grad, float* mean, float* square, const float* lr, float toward, float beta2, float eps, float rate, float two) {
+// m <- m + (1 - beta1) (g - m), s <- beta2 s + (1 - beta2) g^2, w <- w - rate lr m / (sqrt(s / two) + eps), with `toward` = 1 - beta1; lr is one number per weight, where `each` is
+// null `all` for all of them.
+extern "C" void onetorch_adam(int64_t P, float* weights, const float* grad, float* mean, float* square, const float* each, float all, float toward, float beta2, float eps, float rate, float two) {
   const float most = 1 - beta2, part = 1 / two;
   auto some = [&](int64_t i, auto bytes) {
-    vf w{}, g{}, m{}, s{}, l{};
+    vf w{}, g{}, m{}, s{}, lr = all - vf{};
     std::memcpy(&w, weights + i, bytes);
     std::memcpy(&g, grad + i, bytes);
     std::memcpy(&m, mean + i, bytes);
     std::memcpy(&s, square + i, bytes);
-    std::memcpy(&l, lr + i, bytes);
+    if (each) std::memcpy(&lr, each + i, bytes);
     m += (g - m) * toward;
     s = s * beta2 + g * g * most;
-    w -= rate * l * m / (root(s * part) + eps);
+    w -= rate * lr * m / (root(s * part) + eps);
     std::memcpy(weights + i, &w, bytes);
     std::memcpy(mean + i, &m, bytes);
     std::memcpy(square + i, &s, bytes);
