@@ -19,8 +19,9 @@ What is known to matter (Engstrom et al. 2020, arXiv:2005.12729; Andrychowicz et
 details of proximal policy optimization"): observation normalisation for continuous control, a last policy layer that starts near zero, GAE with lambda
 near 0.95, a step size that falls, advantages of unit variance, and values beyond a time limit. A clipped value loss has not been found to help.
 
-Speed: with nets this small the number of calls is the cost. So the noise of a batch is drawn at once, log-probabilities and values are computed
-for the whole batch after it is collected, minibatches are large, and Adam sees one vector of weights. The nets' passes are one call each (`stacks`).
+Speed: with nets this small the number of calls is the cost. So the noise of a batch is drawn at once, log-probabilities and values are computed for the whole
+batch after it is collected, minibatches are large, and Adam sees one vector of weights. The nets' passes are one call each (`stacks`), and the losses are
+differentiated by hand (`policy_slope`, `value_slope`).
 """
 
 import math
@@ -164,7 +165,8 @@ def update(config: Config, state: State, batch: dict[str, Tensor], left: float =
         order, seen = torch.randperm(len(data[0]), device=data[0].device), []
         shuffled = [x.index_select(0, order) for x in data]
         for obs, act, logp_old, adv, value_old, ret in zip(*(x.chunk(config.minibatches) for x in shuffled), strict=True):
-            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy; its slopes by what the nets gave are all that they need to go back.
+            # The loss is policy_loss + value_coef value_loss - entropy_coef entropy. Its slopes by logp, value and entropy are written out, for on small nets
+            # autograd takes longer than all the rest. A loss of your own takes `model.logp(obs, act)` and `model.value(obs)`, then `loss.backward()`.
             logp, entropy, value, backward = model.vjp(obs, act)
             log_ratio = logp - logp_old
             optimizer.zero_grad()
