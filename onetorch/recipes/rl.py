@@ -154,25 +154,25 @@ REPLAY_MUJOCO: dict[str, Any] = {"total_steps": 1_000_000, "random_steps": 10_00
 SAC_MUJOCO: dict[str, Any] = {**REPLAY_MUJOCO, "lr": 3e-4, "q_lr": 1e-3}  # critics faster than the policy, as in CleanRL
 
 
-@recipe("sac", reaches="mean return -132 on Pendulum-v1 after 20,000 steps (-137 to -131 over 6 seeds), 90 CPU-s on one core")
+@recipe("sac", reaches="mean return -132 on Pendulum-v1 after 20,000 steps (-137 to -131 over 10 seeds), 95 CPU-s on one core")
 def sac(Config: Any) -> Any:
     """Soft Actor-Critic with twin critics and a learned temperature, Haarnoja et al. 2018, arXiv:1812.05905."""
     return Config()
 
 
-@recipe("sac", reaches="mean return 9,920 after 300,000 steps (9,830 to 10,000 over 3 seeds; stable-baselines3's SAC 5,550), 1,350 CPU-s on one core")
+@recipe("sac", reaches="mean return 9,920 after 300,000 steps (9,830 to 10,000 over 3 seeds; stable-baselines3's SAC 5,550), 1,290 CPU-s on one core")
 def sac_halfcheetah(Config: Any) -> Any:
     """SAC on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="mean return 3,140 after 300,000 steps (3,000 and 3,280 over 2 seeds), 1,360 CPU-s on one core")
+@recipe("sac", reaches="mean return 3,140 after 300,000 steps (3,000 and 3,280 over 2 seeds; stable-baselines3's SAC 3,160), 1,540 CPU-s on one core")
 def sac_hopper(Config: Any) -> Any:
     """SAC on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="mean return 3,230 after 300,000 steps (one seed), 1,710 CPU-s on one core")
+@recipe("sac", reaches="mean return 3,250 after 300,000 steps (3,230 and 3,280 over 2 seeds), 1,530 CPU-s on one core")
 def sac_walker2d(Config: Any) -> Any:
     """SAC on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Walker2d-v5", **SAC_MUJOCO)
@@ -184,25 +184,25 @@ def sac_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP_REPLAY, alpha=0.2)
 
 
-@recipe("td3", reaches="mean return -136 on Pendulum-v1 after 20,000 steps (-142 to -132 over 5 seeds), 70 CPU-s on one core")
+@recipe("td3", reaches="mean return -136 on Pendulum-v1 after 20,000 steps (-142 to -131 over 10 seeds), 65 CPU-s on one core")
 def td3(Config: Any) -> Any:
     """Twin Delayed DDPG, Fujimoto et al. 2018, arXiv:1802.09477."""
     return Config()
 
 
-@recipe("td3", reaches="mean return 8,450 after 300,000 steps (7,250 and 9,660 over 2 seeds; stable-baselines3's TD3 3,400), 1,200 CPU-s on one busy core")
+@recipe("td3", reaches="mean return 8,480 after 300,000 steps (7,250 to 9,660 over 3 seeds; stable-baselines3's TD3 3,400), 910 CPU-s on one core")
 def td3_halfcheetah(Config: Any) -> Any:
     """TD3 on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
 
 
-@recipe("td3", reaches="mean return 964 after 300,000 steps (one seed), 1,370 CPU-s on one core of a busy machine")
+@recipe("td3", reaches="mean return 1,570 after 300,000 steps (964 and 2,180 over 2 seeds), 1,140 CPU-s on one core")
 def td3_hopper(Config: Any) -> Any:
     """TD3 on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **REPLAY_MUJOCO)
 
 
-@recipe("td3", reaches="")
+@recipe("td3", reaches="mean return 2,160 after 300,000 steps (one seed), 920 CPU-s on one core")
 def td3_walker2d(Config: Any) -> Any:
     """TD3 on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Walker2d-v5", **REPLAY_MUJOCO)
@@ -214,13 +214,13 @@ def td3_spinningup(Config: Any) -> Any:
     return Config(**SPINNINGUP_REPLAY)
 
 
-@recipe("ddpg", reaches="mean return -133 on Pendulum-v1 after 20,000 steps (-135 and -130 over 2 seeds), 60 CPU-s on one core")
+@recipe("ddpg", reaches="mean return -135 on Pendulum-v1 after 20,000 steps (-145 to -130 over 10 seeds), 50 CPU-s on one core")
 def ddpg(Config: Any) -> Any:
     """Deep Deterministic Policy Gradient, Lillicrap et al. 2015, arXiv:1509.02971."""
     return Config()
 
 
-@recipe("ddpg", reaches="")
+@recipe("ddpg", reaches="mean return 7,750 after 300,000 steps (one seed), 740 CPU-s on one core")
 def ddpg_halfcheetah(Config: Any) -> Any:
     """DDPG on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
