@@ -152,9 +152,10 @@ def test_running_norm_has_the_moments_of_all_rows() -> None:
     torch.testing.assert_close(norm.var, data.double().var(0, correction=0))
     torch.testing.assert_close(norm(data).std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
     assert set(norm.state_dict()) == {"mean", "var", "count"}
-    other = RunningNorm(3)
-    other.load_state_dict(norm.state_dict())
-    assert torch.equal(other(data), norm(data))
+    for assign in (False, True):
+        other = RunningNorm(3)
+        other.load_state_dict(norm.state_dict(), assign=assign)
+        assert torch.equal(other(data), norm(data))
 
 
 def test_kl_by_hand() -> None:
