@@ -557,7 +557,7 @@ template <class T, int VW> inline void finish_block(typename Mode<T>::Acc* sums,
 // Few blocks and many tokens: each thread takes a part of the tokens for itself, packs all used blocks of some of them at a time, since they stand together, and adds their
 // products to the part's own sums. Nothing that one thread packed is read by another, which would cost more than the packing. There are always kParts parts, added up in
 // one order at the end: results do not depend on the number of threads.
-constexpr int64_t kParts = 4, kSums = 16 << 20;  // bytes of all parts' sums, which stay in the third-level cache
+constexpr int64_t kParts = 4, kSums = 64 << 20;  // bytes of all parts' sums: larger ones would come and go through memory
 template <class T, int VW, int NV, int ROWS>
 void sdd_few(const T* a, const T* b, int64_t M, int64_t N, int64_t K, int64_t am, int64_t ak, int64_t bk, int64_t bn, int64_t block_m, int64_t block_n, const int32_t* rows,
              const int32_t* columns, int64_t kept, int64_t R, int64_t C, T* out, int threads) {
