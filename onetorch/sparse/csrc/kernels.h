@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>

@@ -7,7 +7,7 @@
 // stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `direct` is for many tokens and few blocks: outputs run across the lanes,
 // tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
 // tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread takes a panel of tokens that stays in its second-level cache, and
-// all columns past it. Every output element is summed in one fixed order by one thread: results do not depend on the schedule.
+// all columns past it. Every output element is summed in one fixed order: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -554,44 +554,58 @@ template <class T, int VW> inline void finish_block(typename Mode<T>::Acc* sums,
   for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(out + i, load<vec<Acc, VW>>(sums + i), VW);
 }
 
-// Few blocks and many tokens on several threads: some tokens of all used blocks are packed at a time, since they stand together, and every kept block then takes its products with
-// them to its sums. The order of each sum is that of `sdd`.
+// Few blocks and many tokens: each thread takes a part of the tokens for itself, packs all used blocks of some of them at a time, since they stand together, and adds their
+// products to the part's own sums. Nothing that one thread packed is read by another, which would cost more than the packing. There are always kParts parts, added up in
+// one order at the end: results do not depend on the number of threads.
+constexpr int64_t kParts = 4, kSums = 64 << 20;  // bytes of all parts' sums: larger ones would come and go through memory
 template <class T, int VW, int NV, int ROWS>
 void sdd_few(const T* a, const T* b, int64_t M, int64_t N, int64_t K, int64_t am, int64_t ak, int64_t bk, int64_t bn, int64_t block_m, int64_t block_n, const int32_t* rows,
              const int32_t* columns, int64_t kept, int64_t R, int64_t C, T* out, int threads) {
   using E = typename Mode<T>::E; using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   constexpr int P = Mode<T>::P, NR = VW * NV;
-  constexpr int64_t kPiece = 512;  // tokens
-  const int64_t padded = (K + P - 1) / P * P, area = block_m * block_n, left = R * block_m * kPiece, right = C * block_n * kPiece;
-  Buffer<E> A(2 * left), B(2 * right);  // two pieces: the next is packed while other threads may still read this one
-  Buffer<Acc> S(kept * area);
-  Buffer<uint8_t> used(R + C);
-  std::fill(used.data, used.data + R + C, uint8_t(0));
-  for (int64_t p = 0; p < kept; p++) used.data[rows[p]] = used.data[R + columns[p]] = 1;
+  const int64_t padded = (K + P - 1) / P * P, part = (padded - 1) / (kParts * kTokens) * kTokens + kTokens, sums = kept * block_m * block_n;
+  const int64_t piece = sums * int64_t(sizeof(Acc)) <= 2 << 20 ? 128 : 512;  // tokens: sums come and go once a piece, so the more of them, the longer it is
+  const int64_t left = R * block_m * piece, right = C * block_n * piece, splits = threads / std::gcd(int64_t(threads), kParts);  // of the blocks, so that all threads get as much
+  Buffer<E> A(threads * left), B(threads * right);
+  Buffer<Acc> S(kParts * sums);
+  Buffer<uint8_t> needed(threads * (R + C));
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
-    for (int64_t k0 = 0, turn = 0; k0 < padded; k0 += kPiece, turn ^= 1) {
-      const int64_t size = std::min(kPiece, padded - k0);
-      E *to_a = A.data + turn * left, *to_b = B.data + turn * right;
-      PRAGMA(omp for schedule(static))
-      for (int64_t k = k0; k < k0 + size; k += kTokens) {
-        const int64_t end = std::min(k + kTokens, k0 + size);
-        for (int64_t c = 0; c < C; c++)
-          if (used.data[R + c]) pack_block<T, E, P, NR>(to_b + c * block_n * kPiece + (k - k0) * NR, b + c * block_n * bn, K, kPiece, k, end, N - c * block_n, block_n, bk, bn);
-        for (int64_t r = 0; r < R; r++)
-          if (used.data[r]) pack_block<T, E, P, ROWS>(to_a + r * block_m * kPiece + (k - k0) * ROWS, a + r * block_m * am, K, kPiece, k, end, M - r * block_m, block_m, ak, am);
+    E *to_a = A.data + thread_index() * left, *to_b = B.data + thread_index() * right;
+    uint8_t* used = needed.data + thread_index() * (R + C);
+    PRAGMA(omp for schedule(static))
+    for (int64_t q = 0; q < splits * kParts; q++) {
+      const int64_t split = q / kParts, begin = q % kParts * part, end = std::min(padded, begin + part), first = split * kept / splits, last = (split + 1) * kept / splits;
+      std::fill(used, used + R + C, uint8_t(0));
+      for (int64_t p = first; p < last; p++) used[rows[p]] = used[R + columns[p]] = 1;
+      for (int64_t k0 = begin; k0 < end; k0 += piece) {
+        const int64_t size = std::min(piece, end - k0);
+        for (int64_t k = k0; k < k0 + size; k += kTokens) {
+          const int64_t to = std::min(k + kTokens, k0 + size);
+          for (int64_t c = 0; c < C; c++)
+            if (used[R + c]) pack_block<T, E, P, NR>(to_b + c * block_n * piece + (k - k0) * NR, b + c * block_n * bn, K, piece, k, to, N - c * block_n, block_n, bk, bn);
+          for (int64_t r = 0; r < R; r++)
+            if (used[r]) pack_block<T, E, P, ROWS>(to_a + r * block_m * piece + (k - k0) * ROWS, a + r * block_m * am, K, piece, k, to, M - r * block_m, block_m, ak, am);
+        }
+        for (int64_t p = first; p < last; p++)
+          for (int64_t n = 0; n < block_n; n += NR)
+            for (int64_t m = 0; m < block_m; m += ROWS) {
+              const U *ap = reinterpret_cast<const U*>(to_a + (rows[p] * block_m + m) * piece), *bp = reinterpret_cast<const U*>(to_b + (columns[p] * block_n + n) * piece);
+              Acc* s = S.data + q % kParts * sums + (p * block_m + m) * block_n + n;
+              micro<U, Acc, VW, ROWS, NV, 1>(1, size / P, k0 > begin ? s : nullptr, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
+                                             [&](int i, int j, vec<Acc, VW> v) { std::memcpy(s + i * block_n + j * VW, &v, sizeof(v)); });
+            }
       }
-      PRAGMA(omp for schedule(static) nowait)
-      for (int64_t p = 0; p < kept; p++) {
-        const int64_t r = rows[p], c = columns[p];
-        for (int64_t n = 0; n < block_n; n += NR)
-          for (int64_t m = 0; m < block_m; m += ROWS) {
-            const U *ap = reinterpret_cast<const U*>(to_a + (r * block_m + m) * kPiece), *bp = reinterpret_cast<const U*>(to_b + (c * block_n + n) * kPiece);
-            Acc* s = S.data + p * area + m * block_n + n;
-            micro<U, Acc, VW, ROWS, NV, 1>(1, size / P, k0 ? s : nullptr, block_n, [&](int64_t, const U*& x, const U*& z) { x = ap; z = bp; },
-                                           [&](int i, int j, vec<Acc, VW> v) { std::memcpy(s + i * block_n + j * VW, &v, sizeof(v)); });
-          }
-        if (k0 + size == padded) finish_block<T, VW>(S.data + p * area, out + p * area, block_m, block_n, M - r * block_m, N - c * block_n);
+    }
+    PRAGMA(omp for schedule(static))
+    for (int64_t q = 0; q < kept * block_m; q++) {  // a row of a block
+      const int64_t p = q / block_m;
+      Acc* s = S.data + q * block_n;
+      for (int64_t i = 0; i < block_n; i += VW) {
+        auto of = [&](int64_t part) { return load<vec<Acc, VW>>(s + part * sums + i); };
+        const vec<Acc, VW> v = (of(0) + of(1)) + (of(2) + of(3));
+        std::memcpy(s + i, &v, sizeof(v));
       }
+      finish_block<T, VW>(s, out + q * block_n, 1, block_n, M - rows[p] * block_m - q % block_m, N - columns[p] * block_n);
     }
   }
 }
@@ -739,7 +753,8 @@ int onetorch_sdd(int dtype, const void* a, const void* b, const int64_t* size, c
     using T = decltype(type);
     widths<T>(block_n, [&](auto vw, auto nv) {
       auto run = [&](auto rows_per_tile) {
-        if (threads > 1 && size[0] == 1 && size[1] == 1 && size[4] >= 1024 && kept > 2 * C && kept * block_m * 512 <= size[4] * (size[2] + size[3])) {
+        const int64_t sums = kParts * kept * block_m * block_n * int64_t(sizeof(typename Mode<T>::Acc));
+        if (size[0] == 1 && size[1] == 1 && size[4] >= 1024 && sums <= kSums && kept * block_m * 512 <= size[4] * (size[2] + size[3])) {
           sdd_few<T, vw(), nv(), rows_per_tile()>(static_cast<const T*>(a), static_cast<const T*>(b), size[2], size[3], size[4], astride[2], astride[3], bstride[2], bstride[3], block_m, block_n,
                                                   rows, columns, kept, R, C, static_cast<T*>(out), threads);
           return;
