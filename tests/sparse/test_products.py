@@ -419,6 +419,26 @@ def test_many_tokens_and_few_blocks(path, dtype):
             assert error(one, exact) <= BOUND[dtype], (block, tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_that_do_not_stay_in_the_cache(path, dtype):
+    """A sampled product of so many values that its tokens are taken in long pieces: the same bits on any number of threads."""
+    if path != "compiled":
+        pytest.skip("the pieces are the compiled kernel's")
+    g = torch.Generator().manual_seed(7)
+    layout = Layout.from_mask(torch.rand(12, 12, generator=g) < 0.3, 128, (1530, 1536))
+    assert 34 * 128 * 128 * 4 > 2 << 20 and layout.kept >= 34
+    grad, x = (randn(2101, size, dtype=dtype, generator=g) for size in (1530, 1536))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4, 6):
+            torch.set_num_threads(threads)
+            results.append(sdd(grad, x, layout, transpose_a=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert error(results[0], layout.from_dense(grad.double().mT @ x.double())) <= BOUND[dtype]
+
+
 def test_heads_must_be_those_of_the_layout():
     layout, x, _z, values = small(heads=2)
     with pytest.raises(ValueError, match="dense: expected 2 heads in dimension -3"):
