@@ -66,7 +66,7 @@ def ppo_mountaincar(Config: Any) -> Any:
     """PPO on MountainCar-v0.
 
     Every reward is -1 until the flag is first reached. Short batches and tanh get there: values fall for states that were seen often, and the policy leaves
-    them. The same with ReLU, or with PPO's defaults, never reached it.
+    them. With ReLU (three settings, a seed each) or with PPO's defaults (three seeds) no run reached it.
     """
     return Config(
         env="MountainCar-v0", total_steps=1_000_000, num_envs=16, batch_size=1024, epochs=4, minibatches=4, lr=1e-3, lam=0.98, entropy_coef=0.01,
