@@ -166,13 +166,13 @@ def sac_halfcheetah(Config: Any) -> Any:
     return Config(env="HalfCheetah-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="mean return 3,140 after 300,000 steps (3,000 and 3,280 over 2 seeds; stable-baselines3's SAC 3,160), 1,540 CPU-s on one core")
+@recipe("sac", reaches="mean return 3,180 after 300,000 steps (3,000 to 3,280 over 3 seeds; stable-baselines3's SAC 3,160), 1,360 CPU-s on one core")
 def sac_hopper(Config: Any) -> Any:
     """SAC on Hopper-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Hopper-v5", **SAC_MUJOCO)
 
 
-@recipe("sac", reaches="mean return 3,250 after 300,000 steps (3,230 and 3,280 over 2 seeds; stable-baselines3's SAC 3,430), 1,530 CPU-s on one core")
+@recipe("sac", reaches="mean return 3,540 after 300,000 steps (3,230 to 4,100 over 3 seeds; stable-baselines3's SAC 3,430), 1,360 CPU-s on one core")
 def sac_walker2d(Config: Any) -> Any:
     """SAC on Walker2d-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="Walker2d-v5", **SAC_MUJOCO)
