@@ -147,7 +147,7 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
   return most;
 }
 
-// Many rows of X against the transposed matrix of whole blocks: as `some`, the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
+// Many rows of X against the transposed matrix of whole blocks: the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
 // packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
 template <class T, int VW, int NV, int ROWS>
 inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
