@@ -3,11 +3,11 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// Five kernels for dds. `few`, `some` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they
-// stand (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `direct` is for many tokens and few blocks: outputs run across the lanes,
-// tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs
-// tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). A thread takes a panel of tokens that stays in its second-level cache, and
-// all columns past it. Every output element is summed in one fixed order: results do not depend on the schedule.
+// Four kernels for dds. `few` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they stand
+// (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `direct` is for many tokens and few blocks: outputs run across the
+// lanes, tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs tokens into tiles and
+// values into panels (transposed, converted, cleared beyond the edge). In the last three a thread takes a panel of tokens that stays in its second-level cache, and all
+// columns past it. Every output element is summed in one fixed order: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -23,140 +23,113 @@ template <class Acc, int VW> inline vec<float, VW> dot(vec<float, VW> c, vec<uin
 }
 #endif
 
-// sum[i] += the lanes of v[i], one after the other
-template <class Acc, int VW, int COUNT> inline __attribute__((always_inline)) void add_lanes(const vec<Acc, VW>* v, Acc* sum) {
-  if constexpr (sizeof(Acc) == 4) {  // VW vectors at a time are turned: then lane e of all of them is one vector
-    for (int i = 0; i < COUNT; i += VW) {
-      constexpr int n = std::min(VW, COUNT);
-      static_assert(COUNT % n == 0, "whole vectors");
-      uint32_t lanes[VW * VW] = {};
-      Acc sums[VW] = {};
-      std::memcpy(lanes, v + i, n * sizeof(*v));
-      std::memcpy(sums, sum + i, n * sizeof(*sum));
-      transpose_words<VW>(lanes, VW, lanes, VW);
-      vec<Acc, VW> s = load<vec<Acc, VW>>(sums);
-      UNROLL for (int e = 0; e < VW; e++) s += load<vec<Acc, VW>>(lanes + e * VW);
-      std::memcpy(sum + i, &s, n * sizeof(*sum));
-    }
-  } else {
-    for (int i = 0; i < COUNT; i++) for (int e = 0; e < VW; e++) sum[i] += v[i][e];
-  }
+// S units at `from`, again and again in all VW lanes. Words are integers here: a compiler knows no sum with 0 of floats that it could leave out.
+template <class U, int VW, int S> inline vec<U, VW> repeat(const void* from) {
+  using Word = std::conditional_t<S * sizeof(U) == 8, uint64_t, uint32_t>;
+  if constexpr (S == VW) return load<vec<U, VW>>(from);
+  else if constexpr (S * sizeof(U) == sizeof(Word)) { Word word; std::memcpy(&word, from, sizeof(Word)); return (vec<U, VW>)(vec<Word, VW / S>{} + word); }
+#if defined(__AVX512F__)
+  else if constexpr (S == 4) return (vec<U, VW>)_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  else return (vec<U, VW>)_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__AVX__)
+  else return (vec<U, VW>)_mm256_broadcast_ps(static_cast<const __m128*>(from));
+#endif
 }
 
-// At most eight rows of X against the transposed matrix of whole blocks: the time is that of reading the values, so they are read once, where they stand.
-template <class T, int VW, int TOKENS, int LINES>
-void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
-  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
-  constexpr int step = VW * Mode<T>::P;
-  Buffer<T> X(TOKENS * K);
-  for (int64_t t = 0; t < TOKENS; t++)
-    for (int64_t k = 0; k < K; k++) X.data[t * K + k] = t < M ? x[t * xm + k * xk] : T{};
-  PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
-  for (int64_t c = 0; c < side.C; c++) {
-    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, ahead = std::min(n, std::max<int64_t>(1, 8192 / (LINES * bk * int64_t(sizeof(T)))));  // blocks: the way to memory takes as long
-    for (int64_t line = 0; line < bn; line += LINES) {
-      vec<Acc, VW> acc[LINES][TOKENS];
-      UNROLL for (int i = 0; i < LINES; i++) { UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = vec<Acc, VW>{}; }
-      for (int64_t t = 0; t < n; t++) {
-        const T *values = w + ((first + t) * bn + line) * bk, *tokens = X.data + side.rows[first + t] * bk;
-        const int64_t later = t + ahead < n ? (first + t + ahead) * bn + line : line + LINES < bn ? (first + t + ahead - n) * bn + line + LINES : (first + t + ahead) * bn;
-        for (int64_t k = 0; k < bk; k += step) {
-          vec<U, VW> v[TOKENS];
-          UNROLL for (int j = 0; j < TOKENS; j++) v[j] = load<vec<U, VW>>(tokens + j * K + k);
-          UNROLL for (int i = 0; i < LINES; i++) {
-            __builtin_prefetch(w + (later + i) * bk + k);
-            const vec<U, VW> u = load<vec<U, VW>>(values + i * bk + k);
-            UNROLL for (int j = 0; j < TOKENS; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], u, v[j]);
-          }
-        }
-      }
-      Acc sum[LINES * TOKENS];
-      UNROLL for (int i = 0; i < LINES * TOKENS; i++) sum[i] = bias ? Acc(widen(bias[c * bn + line + i / TOKENS])) : Acc(0);
-      add_lanes<Acc, VW, LINES * TOKENS>(&acc[0][0], sum);
-      for (int i = 0; i < LINES; i++)
-        for (int j = 0; j < std::min<int>(TOKENS, M); j++) narrow(sum[i * TOKENS + j], y[j * N + c * bn + line + i]);
-    }
-  }
-}
-
-// Some tens of rows of X against the transposed matrix of whole blocks: the values are read where they stand, none is packed, and tokens run across the lanes. A lane
-// takes S units of k at a time, so that 8 tokens fill 16 lanes: acc[i][lane] sums the products of output i with the token lane / S over every S-th unit.
+// At most some tens of rows of X against the transposed matrix of whole blocks. The time is that of reading the values, so they are read where they stand, in the order
+// in which they stand; the sums of a column of blocks wait in the first-level cache. Tokens run across the lanes, each in S of them: lane s of a token sums every S-th unit.
 template <class T, int VW, int NV, int S, int ROWS>
-void some(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
-  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
-  using Word = std::conditional_t<S == 2, uint64_t, U>;  // S units
-  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S;
-  static_assert(sizeof(Word) == S * sizeof(U), "a word is S units");
-  const int64_t groups = (M + TOKENS - 1) / TOKENS, ahead = std::max<int64_t>(1, 8192 / (ROWS * bk * int64_t(sizeof(T))));  // blocks: the way to memory takes as long
+void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
+  using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc; using V = vec<Acc, VW>;
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U)), ahead = 8192;  // bytes: the way to memory takes as long
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, line = bk * int64_t(sizeof(T)), span = std::max<int64_t>(1, 16384 / (bn * line));  // blocks between two visits to the sums
   Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
-  for (int64_t g = 0; g < groups; g++)
-    for (int64_t k = 0; k < K; k += chunk)
-      for (int64_t t = 0; t < TOKENS; t++) {
-        T* to = X.data + g * TOKENS * K + k * TOKENS + t * chunk;
-        const T* from = x + (g * TOKENS + t) * xm + k * xk;
-        if (g * TOKENS + t >= M) std::fill(to, to + chunk, T{});
-        else UNROLL for (int e = 0; e < chunk; e++) to[e] = from[e * xk];
-      }
-  PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1))
-  for (int64_t c = 0; c < side.C; c++) {
-    const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, lda = bk / chunk;
-    for (int64_t g = 0; g < groups; g++)
-      for (int64_t line = 0; line < bn; line += ROWS) {
-        vec<Acc, VW> acc[ROWS][NV];
-        UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; }
-        for (int64_t t = 0; t < n; t++) {
-          const Word* values = reinterpret_cast<const Word*>(w + ((first + t) * bn + line) * bk);
-          const T* tokens = X.data + g * TOKENS * K + side.rows[first + t] * bk * TOKENS;
-          for (int64_t e = 0; g == 0 && e < ROWS * bk; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + ((first + t + ahead) * bn + line) * bk + e);
-          for (int64_t k = 0; k < lda; k++, tokens += TOKENS * chunk) {
-            const Word* at[ROWS / 4];  // few addresses for many rows
-            UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
-            vec<U, VW> v[NV];
-            UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW * Mode<T>::P);
-            UNROLL for (int i = 0; i < ROWS; i++) {
-              const vec<Word, VW / S> u = vec<Word, VW / S>{} + at[i / 4][(i % 4) * lda];
-              UNROLL for (int j = 0; j < NV; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], (vec<U, VW>)u, v[j]);
+  for (int64_t g = 0; g < groups; g++) {
+    T* to = X.data + g * TOKENS * K;
+    const T* from = x + g * TOKENS * xm;
+    if constexpr (S == 1) pack_panel<T, T, Mode<T>::P, TOKENS>(to, from, K, K, M - g * TOKENS, xk, xm);
+    else
+      for (int64_t k = 0; k < K; k += chunk)
+        for (int64_t t = 0; t < TOKENS; t++, to += chunk)
+          if (t >= M) std::fill(to, to + chunk, T{});  // one group is all there is
+          else if (xk == 1) std::memcpy(to, from + t * xm + k, chunk * sizeof(T));
+          else for (int e = 0; e < chunk; e++) to[e] = from[t * xm + (k + e) * xk];
+  }
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1))
+  {
+    Buffer<V> sums(bn * NV);
+    PRAGMA(omp for schedule(dynamic, 1))
+    for (int64_t c = 0; c < side.C; c++) {
+      const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
+      for (int64_t g = 0; g < groups; g++) {
+        std::fill(sums.data, sums.data + bn * NV, V{});
+        for (int64_t begin = 0; begin < n; begin += span)
+          for (int64_t row = 0; row < bn; row += ROWS) {
+            V acc[ROWS][NV];
+            UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = sums.data[(row + i) * NV + j]; }
+            for (int64_t t = first + begin; t < first + std::min(n, begin + span); t++) {
+              const char *values = reinterpret_cast<const char*>(w + (t * bn + row) * bk), *later = values + ahead;
+              const T* tokens = X.data + g * TOKENS * K + side.rows[t] * bk * TOKENS;
+              for (int64_t k = 0; k < line; k += chunk * sizeof(T), tokens += TOKENS * chunk, later += bytes) {
+                const char* at[ROWS / 4];  // few addresses for many rows
+                UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * line + k;
+                UNROLL for (int e = 0; e < bytes; e += 64) __builtin_prefetch(later + e);
+                vec<U, VW> v[NV];
+                UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW * Mode<T>::P);
+                UNROLL for (int i = 0; i < ROWS; i++) {
+                  const vec<U, VW> u = repeat<U, VW, S>(at[i / 4] + (i % 4) * line);
+                  UNROLL for (int j = 0; j < NV; j++) acc[i][j] = dot<Acc, VW>(acc[i][j], u, v[j]);
+                }
+              }
+            }
+            UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) sums.data[(row + i) * NV + j] = acc[i][j]; }
+          }
+        const int64_t tokens = std::min<int64_t>(TOKENS, M - g * TOKENS);
+        for (int64_t i = 0; i < bn; i += VW)
+          for (int j = 0; j < NV; j++) {  // turned, the sums of a lane stand side by side
+            const int64_t rows = std::min<int64_t>(VW, bn - i);
+            Acc lanes[VW][VW] = {};
+            for (int64_t r = 0; r < rows; r++) std::memcpy(lanes[r], sums.data + (i + r) * NV + j, sizeof(V));
+            if constexpr (sizeof(Acc) == 4) transpose_words<VW>(reinterpret_cast<uint32_t*>(lanes), VW, reinterpret_cast<uint32_t*>(lanes), VW);
+            else for (int r = 0; r < VW; r++) for (int e = 0; e < r; e++) std::swap(lanes[r][e], lanes[e][r]);
+            for (int64_t t = 0; t < std::min<int64_t>(VW / S, tokens - j * VW / S); t++) {
+              const int64_t at = c * bn + i;
+              Acc sum[VW] = {};
+              if (bias) for (int64_t r = 0; r < rows; r++) sum[r] = widen(bias[at + r]);
+              UNROLL for (int e = 0; e < S; e++) for (int r = 0; r < VW; r++) sum[r] += lanes[t * S + e][r];
+              T out[VW];
+              for (int r = 0; r < VW; r++) narrow(sum[r], out[r]);
+              std::memcpy(y + (g * TOKENS + j * VW / S + t) * N + at, out, rows * sizeof(T));
             }
           }
-        }
-        for (int64_t t = 0; t < std::min<int64_t>(TOKENS, M - g * TOKENS); t++)
-          for (int i = 0; i < ROWS; i++) {
-            const Acc* lanes = reinterpret_cast<const Acc*>(&acc[i][0]) + t * S;
-            Acc sum = bias ? Acc(widen(bias[c * bn + line + i])) : Acc(0);
-            for (int e = 0; e < S; e++) sum += lanes[e];
-            narrow(sum, y[(g * TOKENS + t) * N + c * bn + line + i]);
-          }
       }
+    }
   }
 }
 
-// Takes the problem if it is one for `few` or `some`.
+// Takes the problem if it is one for `few`.
 template <class T>
 bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, int64_t wk, Side side, const T* bias, T* y, int64_t N, int threads) {
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   if constexpr (std::is_same<T, E>::value) {
-    constexpr int full = kVectorBytes / int(sizeof(Acc)), P = Mode<T>::P;
-    if (G != 1 || H != 1 || M > 64 || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
-    auto run = [&](auto width) {
-      constexpr int VW = width();
-      if (M == 1 && bn % 16 == 0) few<T, VW, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else if (M == 1) few<T, VW, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else if (M == 2) few<T, VW, 2, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else if (M <= 4) few<T, VW, 4, 4>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else few<T, VW, 8, 2>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+    constexpr int VW = kVectorBytes / int(sizeof(Acc)), ROWS = kVectorBytes == 32 ? 8 : 16, P = Mode<T>::P;
+    const int64_t most = bk * bn > 64 ? 64 : 512;  // tokens: for the smallest blocks `many` is no help
+    if (G != 1 || H != 1 || M > most || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
+    auto run = [&](auto vectors, auto share) {
+      constexpr int NV = vectors(), S = share();
+      if (bn % ROWS) few<T, VW, NV, S, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else few<T, VW, NV, S, ROWS / NV>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       return true;
     };
-    constexpr int S = full == 16 ? 2 : 1;
-    const int64_t dots = bk % (full * P) ? 2 : bk % (2 * full * P) ? 4 : 8;  // tokens up to which lanes along k are better: the shorter the lines, the fewer
-    if (M > dots && bk % (S * P) == 0) {
-      if (M * S <= full && bn % 16 == 0) some<T, full, 1, S, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else if (M <= full && bn % 16 == 0) some<T, full, 1, 1, 16>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else some<T, full, 2, 1, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      return true;
+    std::integral_constant<int, 1> one;
+    if (M > VW) return run(std::integral_constant<int, 2>{}, one);
+    if constexpr (sizeof(Acc) == 4) {  // lanes per token: as many as there are, and no more than the lines are long
+      if constexpr (VW >= 16) { if (M <= VW / 16 && bk % (16 * P) == 0) return run(one, std::integral_constant<int, 16>{}); }
+      if constexpr (VW >= 8) { if (M <= VW / 8 && bk % (8 * P) == 0) return run(one, std::integral_constant<int, 8>{}); }
+      if (M <= VW / 4 && bk % (4 * P) == 0) return run(one, std::integral_constant<int, 4>{});
+      if (M <= VW / 2 && bk % (2 * P) == 0) return run(one, std::integral_constant<int, 2>{});
     }
-    if (M > 8) return false;
-    if (bk % (full * P) == 0) return run(std::integral_constant<int, full>{});
-    if constexpr (full > 8) { if (bk % (8 * P) == 0) return run(std::integral_constant<int, 8>{}); }
+    return run(one, one);
   }
   return false;
 }
@@ -174,7 +147,7 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
   return most;
 }
 
-// Many rows of X against the transposed matrix of whole blocks: as `some`, the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
+// Many rows of X against the transposed matrix of whole blocks: the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
 // packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
 template <class T, int VW, int NV, int ROWS>
 inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
