@@ -354,16 +354,20 @@ def test_vmap(path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_tokens(path, dtype):
-    """One to nine rows, which have a kernel of their own: against float64, and equal to the rows of a larger product to within rounding."""
+    """Up to 64 rows, with blocks of 8 up to 512, which have a kernel of their own: against float64, on one thread and on three, to the same bits."""
     g = torch.Generator().manual_seed(0)
     for block, bias in itertools.product((8, 16, 32, (64, 16), (16, 128)), (False, True)):
         br, bc = (block, block) if isinstance(block, int) else block
         layout = Layout.from_mask(torch.rand(4, 5, generator=g) < 0.5, block)
         values, b = randn(*layout.values_shape, dtype=dtype, generator=g), randn(4 * br, dtype=dtype, generator=g) if bias else None
-        for tokens in range(1, 10):
-            x = randn(tokens, 5 * bc + 3, dtype=dtype, generator=g)[:, 3:]
+        for tokens in (*range(1, 10), 15, 16, 17, 33, 64, 100):
+            x = randn(tokens, 5 * bc + 3, dtype=dtype, generator=g)[:, 3:] if tokens % 2 else randn(5 * bc, tokens, dtype=dtype, generator=g).mT
             want = x.double() @ dense_of(values.double(), layout).mT + (b.double() if bias else 0)
-            assert error(dds(x, values, layout, transpose_sparse=True, bias=b), want) <= BOUND[dtype], (block, tokens)
+            y = dds(x, values, layout, transpose_sparse=True, bias=b)
+            assert error(y, want) <= BOUND[dtype], (block, tokens)
+            torch.set_num_threads(3)  # one_thread undoes it
+            assert torch.equal(dds(x, values, layout, transpose_sparse=True, bias=b), y), (block, tokens)
+            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
