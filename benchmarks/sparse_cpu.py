@@ -195,8 +195,8 @@ def never_slower(report, arguments):
 
 
 def few_tokens(report, arguments):
-    """Time over the time to read the kept weights once (their sum as integers, the fastest of torch's reductions). `arithmetic` is the same ratio for the multiplications alone, at the
-    machine's peak: below it no kernel can come.
+    """Time over the time to read the kept weights once: their sum as integers, the fastest of torch's reductions. `arithmetic` is the same ratio for the
+    multiplications alone, at the machine's peak: below it no kernel can come.
     """
     torch.set_num_threads(1 if arguments.threads == "one" else arguments.cores)
     for name in arguments.dtypes:
@@ -208,8 +208,9 @@ def few_tokens(report, arguments):
                 sparse = Linear(4096, 4096, layout, bias=False, dtype=dtype)
                 x = torch.randn(tokens, 4096).to(dtype)
                 flat = sparse.weight.detach().view(-1).view(torch.int32)
+                read, multiply = lambda flat=flat: flat.sum(dtype=torch.int32), lambda x=x, sparse=sparse: sparse(x)
                 with torch.no_grad():
-                    times = interleaved({"read": lambda flat=flat: flat.sum(dtype=torch.int32), "sparse": lambda x=x, sparse=sparse: sparse(x)}, arguments.seconds)
+                    times = interleaved({"read": read, "sparse": multiply}, arguments.seconds)
                 reading = statistics.median(times["read"])
                 arithmetic = 2 * tokens * sparse.weight.numel() / peak / reading
                 what = f"{name} block {block} density 0.25 {tokens} tokens forward: time / reading the weights"

@@ -131,7 +131,7 @@ def dqn(Config: Any) -> Any:
     return Config()
 
 
-# What RL Baselines3 Zoo's settings of both tasks have in common: the target and the loss of Mnih et al., wider nets, larger batches and a gradient step for every step.
+# What RL Baselines3 Zoo's settings of both tasks have in common: Mnih et al.'s target, wider nets, larger batches, a gradient step for every step.
 DQN_PLAIN: dict[str, Any] = {
     "total_steps": 100_000, "replay": 50_000, "updates": 16, "batch_size": 128, "lr": 6.3e-4, "anneal": False, "target_every": 250, "tau": 1.0, "epsilon": 0.1,
     "epsilon_fraction": 0.12, "double": False, "clipped": False, "n_step": 1, "hidden": (256, 256),
