@@ -71,7 +71,7 @@ def _dds_kernel(
     for start in range(0, length, TK):
         if TK <= BI:  # all lanes within one block: one index for the tile
             which = begin + start // BI
-            k = (start % BI) + lane
+            k = tl.multiple_of(start % BI, TK) + lane  # said, or else a tile that is dense along K is loaded number by number
             block = tl.load(inner_block + which) - h * inner_blocks
             where = (tl.load(position + which) if HAS_POSITION else which).to(tl.int64)
             column = block * BI + k
@@ -115,7 +115,8 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
     _dds_kernel[(G * tiles * H * outer_blocks * -(-BO // TN),)](
         x, values, bias if bias is not None else y, y, offsets, inner, position, M, K, columns, H, tiles, outer_blocks, inner_blocks,
         *x.stride(), kept * br * bc if sets > 1 else 0, br * bc, v_k, v_n, BI=BI, BO=BO, TM=TM, TK=TK, TN=TN, HAS_POSITION=not transpose,
-        HAS_BIAS=bias is not None, ACC=_accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN), num_stages=3,
+        HAS_BIAS=bias is not None, ACC=_accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN),
+        num_stages=5 if x.element_size() == 2 else 3,  # of five, the index that comes before its tile takes two; more than three have no room in float32
     )  # fmt: skip
     return y
 

@@ -95,3 +95,4 @@ def test_kernels_compile_for_hopper(dtype, block, monkeypatch):
     assert len(ASSEMBLY) == 9
     if dtype == torch.bfloat16:
         assert all("mma" in text for text in ASSEMBLY)  # the tensor cores multiply
+        assert not any("ld.global.b16" in text for text in ASSEMBLY[:3])  # and what they multiply is not loaded number by number
