@@ -3,7 +3,7 @@
 The kernels of this package lose to a dense product where the layout is nearly full and the machine multiplies dense matrices by better means (matrix
 units, a vendor's library). For each dtype, block, number of threads and class of token counts the density from which the dense product (on a weight
 filled in for the call) is faster is measured once, in about half a second, and kept beside the compiled kernels. `choice` says which one a
-product takes, and why.
+product takes, and why. On a GPU the choice is between two sparse kernels, `tma_is_faster`.
 """
 
 import json

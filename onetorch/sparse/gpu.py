@@ -2,8 +2,11 @@
 
 A block narrower than the tensor cores want is not multiplied alone: the kept blocks of one output column stand one after the other along K, and a tile of
 K takes several of them, each lane with its own index. Each output tile is summed by one program in the order of the index, and what flows back is
-summed over the transposed index, so there are no atomics and the same call gives the same bits. Nothing here reads a number back from the device, so a
+summed over the transposed index, so there are no atomics and the same kernel gives the same bits. No kernel has a number read back from the device, so a
 call can be captured in a CUDA graph.
+
+The products have a second kernel for Hopper, through TMA. Nobody has run it on a GPU yet, so nothing is taken on faith: `costs.tma_is_faster` times both on
+the first call of a class of shapes, outside of captures, and the faster one serves that class on this machine from then on.
 
 Triton's interpreter (TRITON_INTERPRET=1, set before Triton is first imported) runs these kernels on tensors of the CPU; that is how they are tested where
 there is no GPU.
@@ -104,6 +107,7 @@ def _dds_kernel(
 
 
 def dds_pointer(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
+    """`dds` for x of any strides; values contiguous, the result not empty."""
     G, H, M, K = x.shape
     sets, kept, br, bc = values.shape
     y = x.new_empty(G, H, M, columns)
@@ -158,6 +162,7 @@ def _sdd_kernel(
 
 
 def sdd_pointer(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
+    """`sdd` for operands of any strides; the result not empty."""
     G, H, M, K = a.shape
     kept = (index.shape[0] - H * sum(grid) - 2) // 4
     values = a.new_empty(1 if reduce else G, kept, *block)
@@ -179,7 +184,11 @@ def _dds_tma_kernel(
     x, values, bias, y, offsets, inner_block, position, G, H, M, N, tiles, outer_blocks, inner_blocks, set_blocks,
     BI: tl.constexpr, BO: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, TRANSPOSE_X: tl.constexpr, TRANSPOSE_S: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of (TM tokens, one output block) in the order of `_dds_kernel`. x and values are descriptors, the dense dimension of x last."""
+    """Tiles of (TM tokens, one output block) in the order of `_dds_kernel`. x and values are descriptors, the dense dimension of x last.
+
+    Triton loads ahead in the inner loop, no more: flatten=True does not fuse the two, the bounds of the inner one being loaded themselves, and
+    warp_specialize=True has no effect at 8 warps and at 4 halves the tile but not its descriptor (3.7 says so and fails, 3.6 says nothing).
+    """
     steps: tl.constexpr = BI // TK  # of a block
     for at in tl.range(tl.program_id(0), G * tiles * H * outer_blocks, tl.num_programs(0)):
         line = at % (H * outer_blocks)  # output block, counted through all heads
@@ -285,6 +294,7 @@ def _version() -> str:
 
 
 def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
+    """`dds` for what `_choose` lets through; K a multiple of the block's inner side."""
     G, H, M, _K = x.shape
     sets, kept, br, bc = values.shape
     y = x.new_empty(G, H, M, columns)
@@ -297,7 +307,7 @@ def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid:
     TM, TK = 64 if M <= 64 else 128, min(64, BI)
     tiles = -(-M // TM)
     of_values = TensorDescriptor(values, [sets * kept, br, bc], [br * bc, bc, 1], [1, BO, TK] if transpose else [1, TK, BO])
-    programs = _programs(G * tiles * H * outer_blocks, 3 * (TM + BO) * TK * x.element_size(), x.device)
+    programs = _programs(G * tiles * H * outer_blocks, 3 * (TM + BO) * TK * x.element_size(), x.device)  # three tiles of each, five stages: as in dds_pointer
     _dds_tma_kernel[(programs,)](
         _descriptor(x, (TM, TK)), of_values, bias if bias is not None else y, y, offsets, inner, position, G, H, M, columns, tiles, outer_blocks,
         inner_blocks, kept if sets > 1 else 0, BI=BI, BO=BO, TM=TM, TK=TK, TRANSPOSE_X=x.stride(3) != 1, TRANSPOSE_S=transpose,
@@ -307,6 +317,7 @@ def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid:
 
 
 def sdd_tma(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
+    """`sdd` for what `_choose` lets through."""
     (G, H, M, K), (BR, BC) = a.shape, block
     kept = (index.shape[0] - H * sum(grid) - 2) // 4
     sets = 1 if reduce else G
