@@ -1,6 +1,6 @@
 """Block-sparse kernels on a GPU, against dense, torch's BSR and FlexAttention, in the same run.
 
-    python benchmarks/sparse_gpu.py [--only index products attention] [--tokens 8192] [--size 4096] [--seconds 0.5]
+    python benchmarks/sparse_gpu.py [--only index products kernels attention] [--tokens 8192] [--size 4096] [--seconds 0.5]
     python benchmarks/sparse_gpu.py --dry        # without a GPU: each row once, small, on the processor's kernels; shows only that the benchmark itself runs
 
 Share: the rate per kept block by the dense rate of the same machine, which is (dense time x density) / time. Of products against cuBLAS in bfloat16
@@ -8,7 +8,8 @@ at least 0.95, 0.80, 0.55, 0.30 is wanted at blocks of 128, 64, 32, 16, of atten
 128 and 64; and never more time than a peer's. Each row's result is first compared with dense in float32. The candidates take turns in shuffled order, each
 timed by events around as many calls as last some milliseconds, with the second-level cache overwritten before; medians of the ratios count. A layout's index
 is made once under torch.cuda.set_sync_debug_mode("error"), so that a wait for the device ends the run, and is to take at most 50 microseconds.
-Writes benchmarks/results/sparse_gpu.json; exits with 1 where a row misses what is wanted.
+On a GPU of compute capability 9.0 on, `kernels` times the two kernels of each product, through pointers and through TMA, beside each other; no target: the
+package measures them too, and takes the faster. Writes benchmarks/results/sparse_gpu.json; exits with 1 where a row misses what is wanted.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class Clock:
 
 class Report:
     def __init__(self, dry: bool) -> None:
-        self.dry, self.rows = dry, list[dict[str, Any]]()
+        self.dry, self.rows, self.kernels = dry, list[dict[str, Any]](), list[dict[str, Any]]()
 
     def row(self, what: str, measured: float, wanted: float, least: bool, **more: Any) -> None:
         met = measured >= wanted if least else measured <= wanted
@@ -89,6 +90,13 @@ class Report:
         self.row(f"{what}: share of the dense rate per kept block", share, least, True, **tflops)
         for name in times.keys() - {"dense", "sparse"}:
             self.row(f"{what}: time / {name}'s", statistics.median(s / p for s, p in zip(times["sparse"], times[name], strict=True)), 1.0, False)
+
+    def beside(self, what: str, times: dict[str, list[float]], flop: float) -> None:
+        """Two kernels for the same product, without a target."""
+        tflops = {f"{name}_tflops": round(flop / statistics.median(t) / 1e12, 1) for name, t in times.items()}
+        ratio = statistics.median(p / t for p, t in zip(times["pointer"], times["tma"], strict=True))
+        self.kernels.append({"what": what, "pointer_time_over_tma": round(ratio, 3), **tflops})
+        print(f"     {what:<72} {ratio:8.3f}  (pointer's time / TMA's)  " + "  ".join(f"{k} {v}" for k, v in tflops.items()), flush=True)
 
 
 def agree(what: str, ours: Tensor, truth: Tensor) -> None:
@@ -144,6 +152,38 @@ def products(report: Report, clock: Clock, given: argparse.Namespace) -> None:
             report.against(f"{what} forward + backward", times, layout.density, least, 3 * flop)
 
 
+def kernels(report: Report, clock: Clock, given: argparse.Namespace) -> None:
+    """The three products of a linear layer, x (1, 1, tokens, size)."""
+    if given.dry or torch.cuda.get_device_capability() < (9, 0):
+        return
+    from onetorch.sparse import gpu  # needs Triton
+
+    size, tokens = given.size, given.tokens
+    x, grad = (torch.randn(1, 1, tokens, size, device=given.device).to(torch.bfloat16) for _ in range(2))
+    for block in (128, 64, 32):
+        for density in (0.5, 0.25, 0.1):
+            layout = patterns.balanced_random((size, size), block, density, torch.Generator().manual_seed(0)).to(given.device)
+            values = torch.randn(1, *layout.values_shape, device=given.device).to(torch.bfloat16)
+            whole = layout.to_dense(values[0]).float()
+            of_index = layout.index, None, layout.grid, size
+            for name, truth, arguments, pointer, tma in (
+                ("forward", x.float() @ whole.T, (x, values, *of_index, True), gpu.dds_pointer, gpu.dds_tma),
+                ("dx", grad.float() @ whole, (grad, values, *of_index, False), gpu.dds_pointer, gpu.dds_tma),
+                (
+                    "dw",
+                    layout.from_dense(grad[0, 0].float().T @ x[0, 0].float())[None],
+                    (grad.mT, x, layout.index, layout.grid, layout.block, True),
+                    gpu.sdd_pointer,
+                    gpu.sdd_tma,
+                ),
+            ):
+                what = f"bfloat16 block {block} density {layout.density:.3f}, {tokens} tokens {name}"
+                agree(f"{what} pointer", pointer(*arguments), truth)
+                agree(f"{what} TMA", tma(*arguments), truth)
+                times = clock({"pointer": functools.partial(pointer, *arguments), "tma": functools.partial(tma, *arguments)})
+                report.beside(what, times, 2.0 * tokens * size * size * layout.density)
+
+
 def attentions(report: Report, clock: Clock, given: argparse.Namespace) -> None:
     B, H, S, D = (1, 2, 256, 16) if given.dry else (4, 16, 4096, 64)
     q, k, v = (torch.randn(B, H, S, D, device=given.device).to(torch.bfloat16).requires_grad_() for _ in range(3))
@@ -181,7 +221,7 @@ def attentions(report: Report, clock: Clock, given: argparse.Namespace) -> None:
             report.against(f"{what} forward + backward", clock(trained), layout.density, least, 3.5 * flop)
 
 
-PARTS = {"index": index, "products": products, "attention": attentions}
+PARTS = {"index": index, "products": products, "kernels": kernels, "attention": attentions}
 
 
 def main() -> int:
@@ -206,6 +246,7 @@ def main() -> int:
         return 0
     missed = sum(not row["met"] for row in report.rows)
     result = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version(), "missed": missed, "rows": report.rows}
+    result |= {"kernels": report.kernels} if report.kernels else {}
     (Path(__file__).resolve().parent / "results" / "sparse_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(report.rows) - missed} of {len(report.rows)} rows met")
     return 1 if missed else 0

@@ -3,7 +3,7 @@
 The kernels of this package lose to a dense product where the layout is nearly full and the machine multiplies dense matrices by better means (matrix
 units, a vendor's library). For each dtype, block, number of threads and class of token counts the density from which the dense product (on a weight
 filled in for the call) is faster is measured once, in about half a second, and kept beside the compiled kernels. `choice` says which one a
-product takes, and why.
+product takes, and why. On a GPU the choice is between two sparse kernels, `tma_is_faster`.
 """
 
 import json
@@ -52,17 +52,20 @@ def break_even(dtype: torch.dtype, block: tuple[int, int], tokens: int, product:
     lib = cpu.library()
     assert lib is not None
     key = f"{product} {str(dtype).removeprefix('torch.')} {block[0]}x{block[1]} tokens {tokens} threads {torch.get_num_threads()}"
-    if key in measured:
-        return measured[key]
-    path = Path(lib._name).with_suffix(f".torch-{torch.__version__}.json")
+    if key not in measured:
+        _remember(key, Path(lib._name).with_suffix(f".torch-{torch.__version__}.json"), partial(_measure, dtype, block, tokens, product))
+    return measured[key]
+
+
+def _remember(key: str, path: Path, measure: Callable[[], float]) -> None:
+    """Take what was measured under this key from the file, or measure now and keep it there."""
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
-        known[key] = round(_measure(dtype, block, tokens, product), 3)
+        known[key] = round(measure(), 3)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(known, file, indent=1)
         os.replace(file.name, path)
     measured.update(known)
-    return measured[key]
 
 
 def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: str = "dds") -> float:
@@ -95,6 +98,31 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: s
     if gap[0.5] >= 0:
         return max(LEAST, 0.5 - 0.5 * gap[0.5] / max(gap[1.0] - gap[0.5], gap[0.5]))
     return 1.0 - 0.5 * gap[1.0] / (gap[1.0] - gap[0.5])
+
+
+def tma_is_faster(key: str, version: str, pointer: Callable[[], Tensor], tma: Callable[[], Tensor]) -> bool:
+    """Of two kernels of the GPU for the same product, both called on the arguments of the first call of their class, which then takes a few milliseconds
+    longer (and compiles both). A CUDA graph that is being captured cannot wait for a measurement: it takes what is known in this process, or `pointer`.
+    """
+    if key not in measured:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _remember(key, cpu._cache_folder() / f"gpu-{version}.json", partial(_speedup, pointer, tma))
+    return measured[key] > 1
+
+
+def _speedup(pointer: Callable[[], Tensor], tma: Callable[[], Tensor]) -> float:
+    def milliseconds(call: Callable[[], Tensor]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(5):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    pointer(), tma()  # compiles
+    return median(milliseconds(pointer) / milliseconds(tma) for _ in range(9))
 
 
 def _whole(shape: tuple[int, int], block: tuple[int, int], density: float, tokens: int) -> bool:

@@ -2,19 +2,30 @@
 
 A block narrower than the tensor cores want is not multiplied alone: the kept blocks of one output column stand one after the other along K, and a tile of
 K takes several of them, each lane with its own index. Each output tile is summed by one program in the order of the index, and what flows back is
-summed over the transposed index, so there are no atomics and the same call gives the same bits. Nothing here reads a number back from the device, so a
+summed over the transposed index, so there are no atomics and the same kernel gives the same bits. No kernel has a number read back from the device, so a
 call can be captured in a CUDA graph.
+
+The products have a second kernel for Hopper, through TMA. Nobody has run it on a GPU yet, so nothing is taken on faith: `costs.tma_is_faster` times both on
+the first call of a class of shapes, outside of captures, and the faster one serves that class on this machine from then on.
 
 Triton's interpreter (TRITON_INTERPRET=1, set before Triton is first imported) runs these kernels on tensors of the CPU; that is how they are tested where
 there is no GPU.
 """
 
+import functools
+import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from onetorch.sparse import costs
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -71,7 +82,7 @@ def _dds_kernel(
     for start in range(0, length, TK):
         if TK <= BI:  # all lanes within one block: one index for the tile
             which = begin + start // BI
-            k = (start % BI) + lane
+            k = tl.multiple_of(start % BI, TK) + lane  # said, or else a tile that is dense along K is loaded number by number
             block = tl.load(inner_block + which) - h * inner_blocks
             where = (tl.load(position + which) if HAS_POSITION else which).to(tl.int64)
             column = block * BI + k
@@ -95,16 +106,13 @@ def _dds_kernel(
     tl.store(y_at, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & n_there[None, :])
 
 
-def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
-    """x (G, H, M, K) @ S -> (G, H, M, columns), S the sparse matrix of this grid of blocks, or its transpose."""
+def dds_pointer(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
+    """`dds` for x of any strides; values contiguous, the result not empty."""
     G, H, M, K = x.shape
     sets, kept, br, bc = values.shape
     y = x.new_empty(G, H, M, columns)
-    if not y.numel():
-        return y
     R, C = grid
     row_offsets, block_columns, column_offsets, block_rows, order, _ = index.split([H * R + 1, kept, H * C + 1, kept, kept, kept])
-    values = values.contiguous()
     if transpose:
         offsets, inner, position, BI, BO, inner_blocks, outer_blocks, v_k, v_n = row_offsets, block_columns, row_offsets, bc, br, C, R, 1, bc
     else:
@@ -115,7 +123,8 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
     _dds_kernel[(G * tiles * H * outer_blocks * -(-BO // TN),)](
         x, values, bias if bias is not None else y, y, offsets, inner, position, M, K, columns, H, tiles, outer_blocks, inner_blocks,
         *x.stride(), kept * br * bc if sets > 1 else 0, br * bc, v_k, v_n, BI=BI, BO=BO, TM=TM, TK=TK, TN=TN, HAS_POSITION=not transpose,
-        HAS_BIAS=bias is not None, ACC=_accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN), num_stages=3,
+        HAS_BIAS=bias is not None, ACC=_accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=_warps(TM * TN),
+        num_stages=5 if x.element_size() == 2 else 3,  # of five, the index that comes before its tile takes two; more than three have no room in float32
     )  # fmt: skip
     return y
 
@@ -152,13 +161,11 @@ def _sdd_kernel(
     tl.store(at, total.to(values.dtype.element_ty), mask=(i < BR)[:, None] & (j < BC)[None, :])
 
 
-def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
-    """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or summed over G -> (1, kept, br, bc)."""
+def sdd_pointer(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
+    """`sdd` for operands of any strides; the result not empty."""
     G, H, M, K = a.shape
     kept = (index.shape[0] - H * sum(grid) - 2) // 4
     values = a.new_empty(1 if reduce else G, kept, *block)
-    if not values.numel():
-        return values
     rows, columns = index[index.shape[0] - kept :], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
     most = _most(a.dtype)
     TM, TN = _tile(block[0], most), _tile(block[1], most)
@@ -167,6 +174,183 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
         TN=TN, REDUCE=reduce, ACC=_accumulator(a.dtype), PRECISION=_precision(a.dtype), num_warps=_warps(TM * TN), num_stages=3,
     )  # fmt: skip
     return values
+
+
+# The same products on Hopper: TMA brings whole tiles into shared memory, and the grid is persistent (each program walks over several output tiles). --------
+
+
+@triton.jit
+def _dds_tma_kernel(
+    x, values, bias, y, offsets, inner_block, position, G, H, M, N, tiles, outer_blocks, inner_blocks, set_blocks,
+    BI: tl.constexpr, BO: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, TRANSPOSE_X: tl.constexpr, TRANSPOSE_S: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of (TM tokens, one output block) in the order of `_dds_kernel`. x and values are descriptors, the dense dimension of x last.
+
+    Triton loads ahead in the inner loop, no more: flatten=True does not fuse the two, the bounds of the inner one being loaded themselves, and
+    warp_specialize=True has no effect at 8 warps and at 4 halves the tile but not its descriptor (3.7 says so and fails, 3.6 says nothing).
+    """
+    steps: tl.constexpr = BI // TK  # of a block
+    for at in tl.range(tl.program_id(0), G * tiles * H * outer_blocks, tl.num_programs(0)):
+        line = at % (H * outer_blocks)  # output block, counted through all heads
+        g = at // (H * outer_blocks * tiles)
+        h = line // outer_blocks
+        first = at // (H * outer_blocks) % tiles * TM
+        total = tl.zeros((TM, BO), dtype=tl.float32)
+        for step in tl.range(tl.load(offsets + line) * steps, tl.load(offsets + line + 1) * steps):
+            which = step // steps
+            k = step % steps * TK
+            column = (tl.load(inner_block + which) - h * inner_blocks) * BI + k
+            if TRANSPOSE_X:
+                a = tl.trans(x.load([g, h, column, first]).reshape(TK, TM))
+            else:
+                a = x.load([g, h, first, column]).reshape(TM, TK)
+            if TRANSPOSE_S:
+                b = tl.trans(values.load([g * set_blocks + which, 0, k]).reshape(BO, TK))
+            else:
+                b = values.load([g * set_blocks + tl.load(position + which), k, 0]).reshape(TK, BO)
+            total = tl.dot(a, b, total)
+        m, out = first + tl.arange(0, TM), line % outer_blocks * BO + tl.arange(0, BO)
+        if HAS_BIAS:
+            total += tl.load(bias + out, mask=out < N, other=0.0).to(tl.float32)[None, :]
+        y_at = y + ((tl.cast(g, tl.int64) * H + h) * M + m.to(tl.int64)[:, None]) * N + out[None, :]
+        tl.store(y_at, total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (out < N)[None, :])
+
+
+@triton.jit
+def _sdd_tma_kernel(
+    a, b, values, rows, columns, sets, G, K, M, N, kept, row_blocks, column_blocks,
+    BR: tl.constexpr, BC: tl.constexpr, TK: tl.constexpr, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr,
+):  # fmt: skip
+    """Kept blocks, each of one element of the batch (G = 1) or of the sum over all (sets = 1). a and b are descriptors, their dense dimension last."""
+    steps = tl.cdiv(K, TK)
+    for at in tl.range(tl.program_id(0), sets * kept, tl.num_programs(0)):
+        block, first = at % kept, at // kept
+        row, column = tl.load(rows + block), tl.load(columns + block)
+        h = row // row_blocks
+        m, n = row % row_blocks * BR, column % column_blocks * BC
+        total = tl.zeros((BR, BC), dtype=tl.float32)
+        for step in tl.range(0, G * steps):
+            g, k = first + step // steps, step % steps * TK
+            if TRANSPOSE_A:
+                p = tl.trans(a.load([g, h, k, m]).reshape(TK, BR))
+            else:
+                p = a.load([g, h, m, k]).reshape(BR, TK)
+            if TRANSPOSE_B:
+                q = tl.trans(b.load([g, h, n, k]).reshape(BC, TK))
+            else:
+                q = b.load([g, h, k, n]).reshape(TK, BC)
+            total = tl.dot(p, q, total)
+        i, j = tl.arange(0, BR), tl.arange(0, BC)
+        total = tl.where((m + i < M)[:, None] & (n + j < N)[None, :], total, 0.0)  # an infinity times the padding would be NaN
+        tl.store(values + tl.cast(at, tl.int64) * (BR * BC) + i[:, None] * BC + j[None, :], total.to(values.dtype.element_ty))
+
+
+@functools.cache
+def _hopper(device: torch.device) -> tuple[str, int] | None:
+    """Name and number of multiprocessors of a GPU that has TMA, None for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tma_reads(x: Tensor) -> bool:
+    """Whether TMA reads x (G, H, M, K) as it lies: M or K dense, the address and the other strides multiples of 16 bytes."""
+    x = x if x.stride(3) == 1 else x.mT
+    strides = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return x.numel() > 0 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride and stride % 16 == 0 for stride in strides)  # 0: expanded
+
+
+def _descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+    """Of x (G, H, M, K), to be read in tiles of (M, K); what lies beyond its edges is read as zeros. Where M is the dense dimension both are transposed."""
+    if x.stride(3) != 1:
+        x, tile = x.mT, tile[::-1]
+    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]  # one of size 1 is never used, but must be aligned
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, *tile])
+
+
+def _programs(tiles: int, shared: int, device: torch.device) -> int:
+    """As many as run at the same time. What a multiprocessor has room for is 227 KB of shared memory, of which a program takes 2 KB besides the tiles."""
+    hopper = _hopper(device)
+    assert hopper is not None
+    return min(tiles, hopper[1] * ((227 << 10) // (shared + 2048)))
+
+
+def _choose(pointer: Callable, tma: Callable, arguments: tuple, block: tuple[int, int], sizes: tuple[int, ...]) -> Callable:
+    """The kernel for this call: the one through TMA where it can work and has been measured to be faster, for this class of shapes on this machine."""
+    first, second = arguments[:2]
+    hopper = _hopper(first.device)
+    if hopper is None or first.dtype not in (torch.bfloat16, torch.float16) or min(block) < 32 or not (_tma_reads(first) and _tma_reads(second)):
+        return pointer
+    # a size counts by its power of two, so that a measurement serves sizes like it
+    classes = [size.bit_length() for size in (*sizes, *first.shape, *second.shape, first.stride(3) == 1, second.stride(3) == 1)]
+    key = f"{tma.__name__} {hopper[0]} {first.dtype} block {block[0]}x{block[1]} {classes}"
+    return tma if costs.tma_is_faster(key, _version(), partial(pointer, *arguments), partial(tma, *arguments)) else pointer
+
+
+@functools.cache
+def _version() -> str:
+    """Of kernels and compiler: what was measured with others does not count."""
+    return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}.triton-{triton.__version__}.torch-{torch.__version__}"
+
+
+def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
+    """`dds` for what `_choose` lets through; K a multiple of the block's inner side."""
+    G, H, M, _K = x.shape
+    sets, kept, br, bc = values.shape
+    y = x.new_empty(G, H, M, columns)
+    R, C = grid
+    row_offsets, block_columns, column_offsets, block_rows, order, _ = index.split([H * R + 1, kept, H * C + 1, kept, kept, kept])
+    if transpose:
+        offsets, inner, position, BI, BO, inner_blocks, outer_blocks = row_offsets, block_columns, row_offsets, bc, br, C, R
+    else:
+        offsets, inner, position, BI, BO, inner_blocks, outer_blocks = column_offsets, block_rows, order, br, bc, R, C
+    TM, TK = 64 if M <= 64 else 128, min(64, BI)
+    tiles = -(-M // TM)
+    of_values = TensorDescriptor(values, [sets * kept, br, bc], [br * bc, bc, 1], [1, BO, TK] if transpose else [1, TK, BO])
+    programs = _programs(G * tiles * H * outer_blocks, 3 * (TM + BO) * TK * x.element_size(), x.device)  # three tiles of each, five stages: as in dds_pointer
+    _dds_tma_kernel[(programs,)](
+        _descriptor(x, (TM, TK)), of_values, bias if bias is not None else y, y, offsets, inner, position, G, H, M, columns, tiles, outer_blocks,
+        inner_blocks, kept if sets > 1 else 0, BI=BI, BO=BO, TM=TM, TK=TK, TRANSPOSE_X=x.stride(3) != 1, TRANSPOSE_S=transpose,
+        HAS_BIAS=bias is not None, num_warps=_warps(TM * BO), num_stages=5,
+    )  # fmt: skip
+    return y
+
+
+def sdd_tma(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
+    """`sdd` for what `_choose` lets through."""
+    (G, H, M, K), (BR, BC) = a.shape, block
+    kept = (index.shape[0] - H * sum(grid) - 2) // 4
+    sets = 1 if reduce else G
+    values = a.new_empty(sets, kept, BR, BC)
+    rows, columns = index[index.shape[0] - kept :], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
+    TK = 64
+    _sdd_tma_kernel[(_programs(sets * kept, 3 * (BR + BC) * TK * a.element_size(), a.device),)](
+        _descriptor(a, (BR, TK)), _descriptor(b, (TK, BC)), values, rows, columns, sets, G if reduce else 1, K, M, b.shape[3], kept, *grid, BR=BR, BC=BC,
+        TK=TK, TRANSPOSE_A=a.stride(3) != 1, TRANSPOSE_B=b.stride(3) != 1, num_warps=_warps(BR * BC), num_stages=3,
+    )  # fmt: skip
+    return values
+
+
+def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tuple[int, int], columns: int, transpose: bool) -> Tensor:
+    """x (G, H, M, K) @ S -> (G, H, M, columns), S the sparse matrix of this grid of blocks, or its transpose."""
+    G, H, M, K = x.shape
+    _sets, _kept, br, bc = values.shape
+    if not G * H * M * columns:
+        return x.new_empty(G, H, M, columns)
+    arguments = x, values.contiguous(), index, bias, grid, columns, transpose
+    if K % (bc if transpose else br):  # what the values hold beyond the edge must not be read, and TMA brings whole blocks
+        return dds_pointer(*arguments)
+    return _choose(dds_pointer, dds_tma, arguments, (br, bc), (columns, transpose))(*arguments)
+
+
+def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
+    """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or summed over G -> (1, kept, br, bc)."""
+    G, H = a.shape[:2]
+    kept = (index.shape[0] - H * sum(grid) - 2) // 4
+    if not kept or not (G or reduce):
+        return a.new_empty(1 if reduce else G, kept, *block)
+    arguments = a, b, index, grid, block, reduce
+    return _choose(sdd_pointer, sdd_tma, arguments, block, (kept, reduce))(*arguments)
 
 
 # Attention. q (B, H, S, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv); `heads` is that of the layout, 1 or H. ------------------------------------------------

@@ -101,3 +101,47 @@ def test_a_real_measurement_touches_no_generator():
     assert 0 < costs._measure(torch.float32, (32, 32), 64) <= costs.NEVER
     assert 0 < costs._measure(torch.float32, (32, 32), 64, "sdd") <= costs.NEVER
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tma_is_measured_once_and_never_in_a_capture(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(costs, "measured", {})
+    calls = []
+    monkeypatch.setattr(costs, "_speedup", lambda *kernels: calls.append(kernels) or 1.5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not costs.tma_is_faster("dds", "version", min, max)
+    assert not calls
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert costs.tma_is_faster("dds", "version", min, max)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert costs.tma_is_faster("dds", "version", min, max)  # known by now
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(costs, "measured", {})
+    assert costs.tma_is_faster("dds", "version", min, max)  # from the file
+    assert calls == [(min, max)]
+    assert json.loads((tmp_path / "gpu-version.json").read_text()) == {"dds": 1.5}
+
+
+def test_speedup_of_tma_is_the_ratio_of_the_times(monkeypatch):
+    """A clock in which one kernel takes 3 and the other 2, and the first call of each 100 more."""
+    clock, compiled = [0.0], set()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def kernel(name, takes):
+        clock[0] += takes + (0 if name in compiled else 100)
+        compiled.add(name)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert costs._speedup(lambda: kernel("pointer", 3), lambda: kernel("TMA", 2)) == pytest.approx(1.5)

@@ -17,8 +17,9 @@ from onetorch.sparse import patterns
 
 HERE = Path(__file__).parent
 CHECKS = {
-    "test_products.py": "random_cases or never_read or empty or autocast or in_one_piece or vmap",
-    "test_attention.py": "random_cases or never_read or empty or anything or strided or merge or overflow or (test_dropout and None)",
+    "test_products.py": "triton and (random_cases or never_read or empty or autocast or in_one_piece or vmap)",
+    "test_tma.py": "tma",
+    "test_attention.py": "triton and (random_cases or never_read or empty or anything or strided or merge or overflow or (test_dropout and None))",
 }
 
 
@@ -27,7 +28,7 @@ CHECKS = {
 @pytest.mark.parametrize("file", CHECKS)
 def test_kernels_through_the_interpreter(file):
     root = HERE.parent.parent
-    command = [sys.executable, "-m", "pytest", str(HERE / file), "-k", f"triton and ({CHECKS[file]})", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-k", CHECKS[file], "-p", "no:cacheprovider", "-p", "no:xdist"]
     # numpy, on which the interpreter runs, warns of each NaN that a check puts in
     done = subprocess.run(
         [*command, "-W", "ignore::RuntimeWarning"], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
@@ -50,6 +51,7 @@ class Compiled:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
         values = dict(zip([p.name for p in self.kernel.params], arguments, strict=False)) | named
         signature, constants, attributes = {}, {}, {}
@@ -57,6 +59,8 @@ class Compiled:
             value = values.pop(parameter.name)
             if parameter.is_constexpr or (type(value) is int and value == 1):  # as a launch does, which knows a stride of 1 for what it is
                 signature[parameter.name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], attributes[(i,)] = f"*{POINTERS[value.dtype]}", [["tt.divisibility", 16]]
             else:
@@ -68,7 +72,7 @@ class Compiled:
         ASSEMBLY.append(made.asm["ptx"])
 
 
-POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 ASSEMBLY: list[str] = []
 
 
@@ -95,3 +99,34 @@ def test_kernels_compile_for_hopper(dtype, block, monkeypatch):
     assert len(ASSEMBLY) == 9
     if dtype == torch.bfloat16:
         assert all("mma" in text for text in ASSEMBLY)  # the tensor cores multiply
+        assert not any("ld.global.b16" in text for text in ASSEMBLY[:3])  # and what they multiply is not loaded number by number
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process of its own")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA builds of torch or the extra `triton`")
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float16, 32)], ids=str)
+def test_products_compile_to_tma(dtype, block, monkeypatch, tmp_path):
+    """To the instructions that bring whole tiles into shared memory, those of a warp group on the tensor cores, and no number kept outside registers."""
+    import triton
+
+    from onetorch.sparse import gpu
+
+    for name in ("_dds_tma_kernel", "_sdd_tma_kernel"):
+        monkeypatch.setattr(gpu, name, Compiled(getattr(gpu, name)))
+    monkeypatch.setattr(gpu, "_hopper", lambda device: ("an H100", 132))
+    ASSEMBLY.clear()
+    layout = patterns.causal(8 * block, block)
+    values, x = torch.zeros(1, *layout.values_shape, dtype=dtype), torch.zeros(1, 1, 512, 8 * block, dtype=dtype)
+    turned = x.mT.contiguous().mT
+    for operand, transpose in ((x, False), (x, True), (turned, False), (turned, True)):
+        gpu.dds_tma(operand, values, layout.index, x[0, 0, 0], layout.grid, 8 * block, transpose)
+    for a, b in ((x.mT, x), (x.mT, turned), (turned.mT, x), (turned.mT, turned)):
+        gpu.sdd_tma(a, b, layout.index, layout.grid, layout.block, True)
+    assert len(ASSEMBLY) == 8
+    for i, text in enumerate(ASSEMBLY):
+        assert "cp.async.bulk.tensor" in text
+        assert "wgmma.mma_async" in text or (i >= 4 and block < 64)  # a warp group multiplies 64 rows; sdd has as many as the block
+        (tmp_path / "kernel.ptx").write_text(text)
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        command = [ptxas, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+        assert " 0 bytes spill stores" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
