@@ -43,7 +43,8 @@ class _Softmax(torch.autograd.Function):
         exps = (x - top.index_select(-2, rows).unsqueeze(-1)).exp()
         total = _row_sums(exps.sum(-1), layout, rows)
         share = exps / total.index_select(-2, rows).clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1)
-        return share.to(scores.dtype)
+        # not `to` alone: where it does nothing, torch 2.11 compiles a Function whose gradient is 0
+        return share if share.dtype == scores.dtype else share.to(scores.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

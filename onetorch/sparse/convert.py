@@ -22,7 +22,8 @@ def to_bsr(values: Tensor, layout: Layout) -> Tensor:
     """(kept, br, bc) -> torch's sparse BSR tensor of shape (rows, columns). Whole blocks and no heads: ValueError otherwise."""
     _whole(layout, "BSR")
     R, C = layout.grid
-    return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape, check_invariants=False)
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # a layout keeps them; torch 2.11 warns of the argument that says the same
+        return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape)
 
 
 def _from_rows(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Layout]:
