@@ -131,23 +131,21 @@ def dqn(Config: Any) -> Any:
     return Config()
 
 
-# What RL Baselines3 Zoo's settings of both tasks have in common: Mnih et al.'s target, wider nets, larger batches, a gradient step for every step.
-DQN_PLAIN: dict[str, Any] = {
-    "total_steps": 100_000, "replay": 50_000, "updates": 16, "batch_size": 128, "lr": 6.3e-4, "anneal": False, "target_every": 250, "tau": 1.0, "epsilon": 0.1,
-    "epsilon_fraction": 0.12, "double": False, "clipped": False, "n_step": 1, "hidden": (256, 256),
-}  # fmt: skip
-
-
 @recipe("dqn", reaches="mean return -78.1 after 100,000 steps (-83 to -74 over 10 seeds), 36 CPU-s on one core")
 def dqn_acrobot(Config: Any) -> Any:
-    """DQN on Acrobot-v1."""
-    return Config(**DQN_PLAIN, env="Acrobot-v1")
+    """DQN on Acrobot-v1: RL Baselines3 Zoo's settings, which are Mnih et al.'s plain target, wider nets, larger batches and a gradient step for every step."""
+    return Config(
+        env="Acrobot-v1", total_steps=100_000, replay=50_000, updates=16, batch_size=128, lr=6.3e-4, anneal=False, target_every=250, tau=1.0, epsilon=0.1,
+        epsilon_fraction=0.12, double=False, clipped=False, n_step=1, hidden=(256, 256),
+    )  # fmt: skip
 
 
 @recipe("dqn", reaches="mean return 155 after 100,000 steps (5 to 218 over 10 seeds), 105 CPU-s on one core")
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`)."""
-    return Config(**DQN_PLAIN, env="LunarLander-v3", huber=10.0, max_grad_norm=10.0)
+    return Config(
+        env="LunarLander-v3", total_steps=100_000, updates=16, lr=5e-4, anneal=False, gamma=0.998, epsilon=0.1, priority=0.5, huber=10.0, max_grad_norm=10.0,
+    )  # fmt: skip
 
 
 # Spinning Up's defaults for what learns from a replay memory: batches of 100, and 50 updates after every 50 steps, the first 10,000 of them random.
