@@ -1,12 +1,15 @@
-"""Reinforcement learning on a GPU: steps per second of PPO's whole training, updates per second of SAC and TD3.
+"""Reinforcement learning on a GPU: steps per second of PPO's whole training, updates per second of SAC and TD3, with and without MuJoCo Warp.
 
-    python benchmarks/rl_gpu.py [--only ppo sac td3] [--seconds 5] [--repeats 5]
+    python benchmarks/rl_gpu.py [--only ppo sac td3 ppo-warp sac-warp] [--seconds 5] [--repeats 5]
     python benchmarks/rl_gpu.py --dry        # without a GPU: each row once, tiny, on the processor; shows only that the benchmark itself runs
 
 ppo: 4096 torch-native CartPoles, 64 steps of each an iteration, two passes of 16 minibatches of 16,384, nets of 64 x 64; acting, stepping, learning and what
 is logged. At least 1,000,000 environment steps a second are wanted. sac, td3: HalfCheetah's 17 numbers and 6 actions, two hidden layers of 256, a batch of 256
 drawn from a replay memory of a million full of noise: draw and gradient step, with the checks that training makes, without an environment. At least 1,100 and
-1,400 a second are wanted (LeanRL reports 725 and 936 on an H100, environment included). The clock starts and stops when the GPU has done all it was told;
+1,400 a second are wanted (LeanRL reports 725 and 936 on an H100, environment included).
+ppo-warp: as ppo, but 4096 HalfCheetahs in MuJoCo Warp. 100,000 environment steps a second are wanted, what MuJoCo does on a dozen cores without any learning.
+sac-warp: SAC's training with 1024 of them, a gradient step on 256 for every 64 environment steps; as many as sac's 1,100 updates feed, 70,000, are wanted.
+Both rows need the extra `warp`, and say so where it is missing. The clock starts and stops when the GPU has done all it was told;
 what is timed runs for --seconds before it is timed; medians of --repeats count. PPO's row says too what share of the time the rollout takes.
 Writes benchmarks/results/rl_gpu.json; exits with 1 where a row misses what is wanted, with 2 where there is no GPU.
 """
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,9 +32,10 @@ import torch
 
 from onetorch.rl import ppo, sac, td3
 from onetorch.rl.envs import Spaces
+from onetorch.runs.errors import UsageError
 from onetorch.runs.run import Run
 
-WANTED = {"ppo": 1_000_000, "sac": 1_100, "td3": 1_400}
+WANTED = {"ppo": 1_000_000, "sac": 1_100, "td3": 1_400, "ppo-warp": 100_000, "sac-warp": 70_000}
 OBS, ACT = 17, 6  # HalfCheetah-v5's
 
 
@@ -54,10 +59,10 @@ def rates(work: Callable[[], int], device: str, seconds: float, repeats: int) ->
     return [once() for _ in range(repeats)]
 
 
-def run_ppo(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run_ppo(given: argparse.Namespace, folder: Path, env: str = "CartPole-v1", backend: str = "native") -> dict[str, Any]:
     N, T = (16, 4) if given.dry else (4096, 64)
-    config = ppo.Config(num_envs=N, batch_size=N * T, total_steps=10**12, epochs=2, minibatches=16)
-    state, rolling, steps = ppo.begin(config, N, "native", given.device), 0.0, 0
+    config = ppo.Config(env=env, num_envs=N, batch_size=N * T, total_steps=10**12, epochs=2, minibatches=16)
+    state, rolling, steps = ppo.begin(config, N, backend, given.device), 0.0, 0
     with Run(folder, config, quiet=True, fixed={"device": given.device}) as run:
 
         def iteration() -> int:
@@ -98,6 +103,29 @@ def run_critics(algorithm: ModuleType, given: argparse.Namespace, folder: Path) 
         return {"rates": rates(updates, given.device, given.seconds, given.repeats)}
 
 
+def run_sac(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """SAC's training, environments included."""
+    N, batch, hidden = (4, 8, (16, 16)) if given.dry else (1024, 256, (256, 256))
+    config = sac.Config(env="HalfCheetah-v5", num_envs=N, batch_size=batch, hidden=hidden, replay=64 * N if given.dry else 1_000_000)
+    state = sac.begin(config, "warp", device=given.device)
+    with Run(folder, config, quiet=True, fixed={"device": given.device}) as run:
+
+        def iteration() -> int:
+            sac.explore(config, state, False, run)
+            for _ in range(max(1, N // 64)):
+                sac.update(config, state, state.replay.sample(batch, state.rng), run)
+            return N
+
+        found = rates(iteration, given.device, given.seconds, given.repeats)
+    return {"rates": found, "return": state.envs.episodes.mean_return()}
+
+
+ROWS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "ppo": run_ppo, "sac": partial(run_critics, sac), "td3": partial(run_critics, td3),
+    "ppo-warp": partial(run_ppo, env="HalfCheetah-v5", backend="warp"), "sac-warp": run_sac,
+}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(WANTED), choices=list(WANTED))
@@ -115,10 +143,14 @@ def main() -> int:
     for name in given.only:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
-            row = run_ppo(given, Path(folder) / "run") if name == "ppo" else run_critics({"sac": sac, "td3": td3}[name], given, Path(folder) / "run")
+            try:
+                row = ROWS[name](given, Path(folder) / "run")
+            except UsageError as error:  # without the extra warp
+                print(f"none {name}: {error}", flush=True)
+                continue
         rate = statistics.median(row["rates"])
         row |= {"median": round(rate), "least": WANTED[name], "met": rate >= WANTED[name], "rates": [round(r) for r in row["rates"]]}
-        unit = "environment steps" if name == "ppo" else "gradient steps"
+        unit = "gradient steps" if name in ("sac", "td3") else "environment steps"
         if given.dry:
             print(f"dry  {name}: {unit} ran", flush=True)
         else:

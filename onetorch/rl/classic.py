@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onetorch.rl.envs import Episodes, Spaces, Step, episode_seed, same_count
+from onetorch.rl.envs import Episodes, EpisodesThere, Spaces, Step, episode_seed, same_count
 from onetorch.runs.state import set_generator
-
-FETCHED = 1024  # steps after which the ends of episodes are fetched from a device, asked for or not
 
 
 class Task(Protocol):
@@ -157,7 +155,7 @@ TASKS: dict[str, Task] = {"CartPole-v1": CartPole(), "Pendulum-v1": Pendulum(), 
 class Classic:
     """N environments of the task `env`, one of TASKS. With a `device` all tensors are there, and stay there.
 
-    There no step waits for the device: which episodes ended, and with what return, is noted there too and fetched where somebody asks for `episodes`.
+    There no step waits for the device.
     """
 
     def __init__(self, env: str, num_envs: int, seed: int, device: str | torch.device | None = None) -> None:
@@ -168,11 +166,7 @@ class Classic:
         self.state = self._begin(num_envs)  # (S, N) float64
         self.obs = self._observe()
         self._episodes = Episodes(num_envs)
-        # of the running episodes (N,), and for each step since the last fetch the returns of those that it ended, NaN for the others: all on the device
-        self.paid, self.length, self.ended = self._there(self._episodes.running), self._there(self._episodes.length), list[Tensor]()
-
-    def _there(self, values: np.ndarray) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        self.there = EpisodesThere(self._episodes, device)  # stays as it is where there is no `device`
 
     def _begin(self, count: int) -> Any:
         shape = (self.task.state_dim, count)
@@ -200,30 +194,16 @@ class Classic:
 
     def _step_there(self, act: Tensor) -> Step:
         self.state, reward, terminated = self.task.step(torch, self.state, act)
-        self.paid, self.length = self.paid + reward, self.length + 1
-        truncated = self.length >= self.task.max_steps
+        truncated = self.there.add(reward, terminated, self.task.max_steps)
         done = terminated | truncated
         next_obs = self._observe()
-        self.ended.append(torch.where(done, self.paid, math.nan))
-        if len(self.ended) == FETCHED:
-            self._fetch()
-        self.paid, self.length = self.paid.masked_fill(done, 0), self.length.masked_fill(done, 0)
         self.state = torch.where(done, self._begin(self.num_envs), self.state)  # beginnings for all: how many are needed is not known here
         self.obs = self._observe()
         return next_obs, reward.float(), terminated, truncated
 
-    def _fetch(self) -> None:
-        returns = torch.stack(self.ended)
-        self._episodes.note(returns[~returns.isnan()].tolist())
-        self.ended.clear()
-
     @property
     def episodes(self) -> Episodes:
-        if self.ended:
-            self._fetch()
-        if self.device is not None:
-            self._episodes.running, self._episodes.length = self.paid.cpu().numpy(), self.length.cpu().numpy()
-        return self._episodes
+        return self._episodes if self.device is None else self.there.fetch()
 
     def state_dict(self) -> dict[str, Any]:
         state = self.state.copy() if self.device is None else self.state.cpu().numpy().copy()
@@ -236,10 +216,8 @@ class Classic:
         if state.get("env", "CartPole-v1") != self.env:  # the first runs had no other, and did not say
             raise ValueError(f"the saved environments are {state['env']}, these are {self.env}")
         saved, rng = np.array(state["state"]), state["rng"]
-        self.state = saved if self.device is None else self._there(saved)
-        self._episodes.load_state_dict(state["episodes"])
-        self.paid, self.length = self._there(self._episodes.running), self._there(self._episodes.length)
-        self.ended.clear()
+        self.state = saved if self.device is None else torch.tensor(saved, device=self.device)
+        self.there.load_state_dict(state["episodes"])
         if self.device is None:
             self.rng = np.random.default_rng((self.seed, self._episodes.finished))
             if isinstance(rng, dict):

@@ -198,7 +198,10 @@ def train(config: Config, run: Run) -> Agent:
         return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"ddpg {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
-    plan = run.plan(measure, key=key, device=devices(), backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts())
+    plan = run.plan(
+        measure, key=key, asked={"backend": environments.asked(config.env)},
+        device=devices(), backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts(),
+    )  # fmt: skip
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
 

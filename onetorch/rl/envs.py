@@ -12,6 +12,7 @@ The backends of one interface are interchangeable, and each is resumable bit for
   once, the same numbers as Gymnasium's; **threads**: the same MuJoCo tasks on all cores;
 - **sync**: any Gymnasium environment, one after the other in this process;
 - **processes**: the same, shared out over one worker process per core;
+- **warp**: the same MuJoCo tasks in MuJoCo Warp, in float32, made for GPUs (`warp_tasks`);
 - **envpool**: what EnvPool has, under the names `envpool/ID` (`pool`).
 
 In sync and processes every episode is reset with an explicit seed that follows from (seed, environment, episode). So the state of a deterministic environment
@@ -21,7 +22,7 @@ pickled.
 
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import math
 import re
 import time
@@ -42,6 +43,7 @@ from onetorch.runs.errors import RunError, UsageError
 from onetorch.runs.provenance import cores
 
 TIMEOUT = 60.0  # seconds that one reset or one step of one environment may take
+FETCHED = 1024  # steps after which the ends of episodes are fetched from a device, asked for or not
 
 # what `step` returns: next_obs (N, D) float32, reward (N,) float32, terminated (N,) bool, truncated (N,) bool
 Step = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -126,6 +128,45 @@ class Episodes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.running, self.length = np.array(state["running"]), np.array(state["length"])
         self.recent, self.finished = list(state["recent"]), int(state["finished"])
+
+
+class EpisodesThere:
+    """Episodes of environments on a device, counted there without a wait: which ended, and with what return, is fetched into `known` where somebody asks."""
+
+    def __init__(self, known: Episodes, device: str | torch.device | None) -> None:
+        self.known, self.device = known, device
+        # of the running episodes (N,), and for each step since the last fetch the returns of those that it ended, NaN for the others: all on the device
+        self.paid, self.length, self.ended = self._there(known.running), self._there(known.length), list[Tensor]()
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def add(self, reward: Tensor, terminated: Tensor, max_steps: int) -> Tensor:
+        """One step of all environments: reward (N,), terminated (N,). Returns truncated (N,), which episodes have come to the time limit."""
+        self.paid, self.length = self.paid + reward, self.length + 1
+        truncated = self.length >= max_steps
+        done = terminated | truncated
+        self.ended.append(torch.where(done, self.paid, math.nan))
+        if len(self.ended) == FETCHED:
+            self._note()
+        self.paid, self.length = self.paid.masked_fill(done, 0), self.length.masked_fill(done, 0)
+        return truncated
+
+    def _note(self) -> None:
+        returns = torch.stack(self.ended)
+        self.known.note(returns[~returns.isnan()].tolist())
+        self.ended.clear()
+
+    def fetch(self) -> Episodes:
+        if self.ended:
+            self._note()
+        self.known.running, self.known.length = self.paid.cpu().numpy(), self.length.cpu().numpy()
+        return self.known
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.known.load_state_dict(state)
+        self.paid, self.length = self._there(self.known.running), self._there(self.known.length)
+        self.ended.clear()
 
 
 class ActionMap:
@@ -323,7 +364,7 @@ class Stacked:
 
 
 class Moved:
-    """`envs`, which are on the CPU, for a policy on `device`: each step's actions are fetched from there, and what they led to is sent there."""
+    """`envs` for a policy that is elsewhere, on `device`: each step's actions are fetched from there, and what they led to is sent there."""
 
     def __init__(self, envs: Envs, device: str) -> None:
         self.envs, self.device, self.spaces, self.num_envs = envs, device, envs.spaces, envs.num_envs
@@ -334,7 +375,7 @@ class Moved:
         return self.envs.episodes
 
     def step(self, act: Tensor) -> Step:
-        reached, *others = self.envs.step(act.cpu())
+        reached, *others = self.envs.step(act.to(self.envs.obs.device))
         next_obs = reached.to(self.device)
         self.obs = next_obs if self.envs.obs is reached else self.envs.obs.to(self.device)
         reward, terminated, truncated = (x.to(self.device) for x in others)
@@ -354,7 +395,8 @@ class Moved:
 def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
     """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it, "envpool/ID" is one of EnvPool's), already
     reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`:
-    where a policy finds and leaves all tensors. The native classic tasks run there; all others stay on the CPU, and their tensors are moved at each step.
+    where a policy finds and leaves all tensors. The native classic tasks run there, and "warp" on the GPU where there is one; all others stay on the CPU. The
+    tensors of what runs elsewhere are moved at each step.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -368,10 +410,10 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
         raise UsageError(f"frame_stack must be at least 1, got {frame_stack}")
     known = backends(env)
     backend = backend or known[0]
-    usable = known if known == ("envpool",) else dict.fromkeys((*known, "sync", "processes"))
+    usable = known if known == ("envpool",) else dict.fromkeys((*known, *asked(env), "sync", "processes"))
     if backend not in usable:
         raise UsageError(f"backend of {env} must be one of {', '.join(usable)}, got {backend!r}")
-    from onetorch.rl import classic, mujoco_tasks, pool
+    from onetorch.rl import classic, mujoco_tasks, pool, warp_tasks
 
     there = device != "cpu" and backend == "native" and env in classic.TASKS
     made: Envs
@@ -383,9 +425,13 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
         made = classic.Classic(env, num_envs, seed, device if there else None)
     else:
         try:
-            made = mujoco_tasks.MujocoEnvs(env, num_envs, seed, cores() if backend == "threads" else 1)
+            if backend == "warp":
+                where = device if device.startswith("cuda") else "cuda" if torch.cuda.is_available() else "cpu"
+                made, there = warp_tasks.WarpEnvs(env, num_envs, seed, where), where == device
+            else:
+                made = mujoco_tasks.MujocoEnvs(env, num_envs, seed, cores() if backend == "threads" else 1)
         except ImportError as error:
-            raise UsageError(_missing(env, error)) from None
+            raise UsageError(_missing(env, error, backend)) from None
     made = made if frame_stack == 1 else Stacked(made, frame_stack)
     return made if there or device == "cpu" else Moved(made, device)
 
@@ -399,9 +445,17 @@ def backends(env: str) -> tuple[str, ...]:
     if env in classic.TASKS:
         return ("native", "sync")
     if env in mujoco_tasks.TASKS:
-        return ("native", "threads") if cores() > 1 else ("native",)
+        there = ("warp",) if torch.cuda.is_available() and importlib.util.find_spec("mujoco_warp") else ()  # on a processor it is slower than "native"
+        return ("native", *(("threads",) if cores() > 1 else ()), *there)
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started
     return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
+
+
+def asked(env: str) -> tuple[str, ...]:
+    """Backends of `env` beside `backends(env)` that `--plan backend=…` may ask for."""
+    from onetorch.rl import mujoco_tasks
+
+    return ("warp",) if env in mujoco_tasks.TASKS else ()
 
 
 def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
@@ -444,8 +498,8 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
         raise UsageError(f"{env} cannot be made: {str(error).splitlines()[0]}") from None
 
 
-def _missing(env: str, error: Exception) -> str:
-    extra = "atari" if env.startswith("ALE/") else "rl"
+def _missing(env: str, error: Exception, backend: str | None = None) -> str:
+    extra = "atari" if env.startswith("ALE/") else "warp" if backend == "warp" else "rl"
     return f"{env} needs a package that is not installed ({str(error).splitlines()[0]}): pip install 'onetorch[{extra}]'"
 
 

@@ -23,115 +23,119 @@ from torch import Tensor
 from onetorch.rl.envs import ActionMap, Episodes, Spaces, Step, episode_seed, same_count, shown
 from onetorch.runs.errors import RunError
 
-Arrays = dict[str, np.ndarray]  # fields of MjData of all environments, float64, by name: (N, …)
+Fields = dict[str, Any]  # of MjData, of all environments, by name: (N, …); numpy float64, or torch float32 (`warp_tasks`)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`reward(b, velocity, act)` gives reward (N,) and terminated (N,) after a step, from the fields b, the velocity (N, 1 or 2) of what `place` gives, and the
-    actions (N, A) float32."""
+    """`reward(xp, b, velocity, act)` gives reward (N,) and terminated (N,) after a step, from the fields b, the velocity (N, 1 or 2) of what `place` gives, and
+    the actions (N, A) float32. `xp` is numpy or torch, as in `classic`."""
 
     model: str  # the file among Gymnasium's assets
     frame_skip: int  # steps of the simulation per step of the task
     max_steps: int  # the time limit
     fields: tuple[str, ...]  # of MjData that the functions below read
-    observe: Callable[[Arrays], np.ndarray]  # (N, D) float64
-    reward: Callable[[Arrays, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    observe: Callable[[Any, Fields], Any]  # (N, D)
+    reward: Callable[[Any, Fields, Any, Any], tuple[Any, Any]]
     noise: float  # half the width of the positions at a reset
     normal: bool = False  # velocities at a reset are normal with standard deviation `noise`, else uniform like the positions
-    place: Callable[[Arrays, Any], np.ndarray] | None = None  # (N, 1 or 2), of which the velocity counts; also given the model
+    place: Callable[[Any, Fields, Any], Any] | None = None  # (N, 1 or 2), of which the velocity counts; also given the bodies' masses
     forces: bool = False  # external forces are read, which MuJoCo computes only when asked
 
 
-def _sides(b: Arrays) -> np.ndarray:
-    return np.concatenate((b["qpos"][:, 1:], b["qvel"]), 1)
+def _sides(xp: Any, b: Fields) -> Any:
+    return xp.concatenate((b["qpos"][:, 1:], b["qvel"]), 1)
 
 
-def _sides_clipped(b: Arrays) -> np.ndarray:
-    return np.concatenate((b["qpos"][:, 1:], np.clip(b["qvel"], -10, 10)), 1)
+def _sides_clipped(xp: Any, b: Fields) -> Any:
+    return xp.concatenate((b["qpos"][:, 1:], xp.clip(b["qvel"], -10, 10)), 1)
 
 
-def _effort(act: np.ndarray, weight: float) -> np.ndarray:
-    return weight * np.square(act).sum(1)
+def _effort(xp: Any, act: Any, weight: float) -> Any:
+    return weight * xp.square(act).sum(1)
 
 
-def _x(b: Arrays, model: Any) -> np.ndarray:
-    return b["qpos"][:, :1].copy()
+def _x(xp: Any, b: Fields, mass: Any) -> Any:
+    return b["qpos"][:, :1]
 
 
-def _never(b: Arrays) -> np.ndarray:
-    return np.zeros(len(b["qpos"]), bool)
+def _never(xp: Any, b: Fields) -> Any:
+    return xp.zeros_like(b["qpos"][:, 0], dtype=bool)
 
 
-def _half_cheetah(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return velocity[:, 0] - _effort(act, 0.1), _never(b)
+def _half_cheetah(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
+    return velocity[:, 0] - _effort(xp, act, 0.1), _never(xp, b)
 
 
-def _swimmer(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return velocity[:, 0] - _effort(act, 1e-4), _never(b)
+def _swimmer_observe(xp: Any, b: Fields) -> Any:
+    return xp.concatenate((b["qpos"][:, 2:], b["qvel"]), 1)
 
 
-def _hopper(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    state = np.abs(np.concatenate((b["qpos"][:, 2:], b["qvel"]), 1))  # the angle first
-    healthy = (np.maximum.reduce(state, 1) < 100) & (b["qpos"][:, 1] > 0.7) & (state[:, 0] < 0.2)
-    return velocity[:, 0] + healthy * 1.0 - _effort(act, 1e-3), ~healthy
+def _swimmer(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
+    return velocity[:, 0] - _effort(xp, act, 1e-4), _never(xp, b)
 
 
-def _walker2d(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hopper(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
+    state = xp.abs(xp.concatenate((b["qpos"][:, 2:], b["qvel"]), 1))  # the angle first
+    healthy = (xp.amax(state, 1) < 100) & (b["qpos"][:, 1] > 0.7) & (state[:, 0] < 0.2)
+    return velocity[:, 0] + healthy * 1.0 - _effort(xp, act, 1e-3), ~healthy
+
+
+def _walker2d(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
     z, angle = b["qpos"][:, 1], b["qpos"][:, 2]
     healthy = (z > 0.8) & (z < 2.0) & (angle > -1.0) & (angle < 1.0)
-    return velocity[:, 0] + healthy * 1.0 - _effort(act, 1e-3), ~healthy
+    return velocity[:, 0] + healthy * 1.0 - _effort(xp, act, 1e-3), ~healthy
 
 
-def _torso(b: Arrays, model: Any) -> np.ndarray:
-    return b["xpos"][:, 1, :2].copy()
+def _torso(xp: Any, b: Fields, mass: Any) -> Any:
+    return b["xpos"][:, 1, :2]
 
 
-def _ant_observe(b: Arrays) -> np.ndarray:
-    contact = np.clip(b["cfrc_ext"], -1.0, 1.0)[:, 1:].reshape(len(b["qpos"]), -1)
-    return np.concatenate((b["qpos"][:, 2:], b["qvel"], contact), 1)
+def _ant_observe(xp: Any, b: Fields) -> Any:
+    contact = xp.clip(b["cfrc_ext"], -1.0, 1.0)[:, 1:].reshape(len(b["qpos"]), -1)
+    return xp.concatenate((b["qpos"][:, 2:], b["qvel"], contact), 1)
 
 
-def _ant(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    finite = np.isfinite(b["qpos"]).all(1) & np.isfinite(b["qvel"]).all(1)
+def _ant(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
+    finite = xp.isfinite(b["qpos"]).all(1) & xp.isfinite(b["qvel"]).all(1)
     healthy = finite & (b["qpos"][:, 2] >= 0.2) & (b["qpos"][:, 2] <= 1.0)
-    contact = 5e-4 * np.square(np.clip(b["cfrc_ext"], -1.0, 1.0)).reshape(len(act), -1).sum(1)
-    return velocity[:, 0] + healthy * 1.0 - (_effort(act, 0.5) + contact), ~healthy
+    contact = 5e-4 * xp.square(xp.clip(b["cfrc_ext"], -1.0, 1.0)).reshape(len(act), -1).sum(1)
+    return velocity[:, 0] + healthy * 1.0 - (_effort(xp, act, 0.5) + contact), ~healthy
 
 
-def _centre_of_mass(b: Arrays, model: Any) -> np.ndarray:
-    return (np.einsum("b,nbj->nj", model.body_mass, b["xipos"]) / model.body_mass.sum())[:, :2]
+def _centre_of_mass(xp: Any, b: Fields, mass: Any) -> Any:
+    return (xp.einsum("b,nbj->nj", mass, b["xipos"]) / mass.sum())[:, :2]
 
 
-def _humanoid_observe(b: Arrays) -> np.ndarray:
+def _humanoid_observe(xp: Any, b: Fields) -> Any:
     n = len(b["qpos"])
     inner = [b[name][:, 1:].reshape(n, -1) for name in ("cinert", "cvel")]
-    return np.concatenate((b["qpos"][:, 2:], b["qvel"], *inner, b["qfrc_actuator"][:, 6:], b["cfrc_ext"][:, 1:].reshape(n, -1)), 1)
+    return xp.concatenate((b["qpos"][:, 2:], b["qvel"], *inner, b["qfrc_actuator"][:, 6:], b["cfrc_ext"][:, 1:].reshape(n, -1)), 1)
 
 
-def _humanoid(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _humanoid(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
     z = b["qpos"][:, 2]
     healthy = (z > 1.0) & (z < 2.0)
-    contact = np.clip(5e-7 * np.square(b["cfrc_ext"]).reshape(len(act), -1).sum(1), -np.inf, 10.0)
-    return 1.25 * velocity[:, 0] + healthy * 5.0 - (0.1 * np.square(b["ctrl"]).sum(1) + contact), ~healthy
+    contact = xp.clip(5e-7 * xp.square(b["cfrc_ext"]).reshape(len(act), -1).sum(1), -xp.inf, 10.0)
+    return 1.25 * velocity[:, 0] + healthy * 5.0 - (0.1 * xp.square(b["ctrl"]).sum(1) + contact), ~healthy
 
 
-def _pendulum_observe(b: Arrays) -> np.ndarray:
-    return np.concatenate((b["qpos"], b["qvel"]), 1)
+def _pendulum_observe(xp: Any, b: Fields) -> Any:
+    return xp.concatenate((b["qpos"], b["qvel"]), 1)
 
 
-def _inverted_pendulum(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    terminated = ~np.isfinite(_pendulum_observe(b)).all(1) | (np.abs(b["qpos"][:, 1]) > 0.2)
-    return (~terminated).astype(float), terminated
+def _inverted_pendulum(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
+    terminated = ~xp.isfinite(_pendulum_observe(xp, b)).all(1) | (xp.abs(b["qpos"][:, 1]) > 0.2)
+    return 1.0 * ~terminated, terminated
 
 
-def _double_observe(b: Arrays) -> np.ndarray:
+def _double_observe(xp: Any, b: Fields) -> Any:
     q = b["qpos"]
-    force = np.clip(b["qfrc_constraint"], -10, 10)[:, :1]
-    return np.concatenate((q[:, :1], np.sin(q[:, 1:]), np.cos(q[:, 1:]), np.clip(b["qvel"], -10, 10), force), 1)
+    force = xp.clip(b["qfrc_constraint"], -10, 10)[:, :1]
+    return xp.concatenate((q[:, :1], xp.sin(q[:, 1:]), xp.cos(q[:, 1:]), xp.clip(b["qvel"], -10, 10), force), 1)
 
 
-def _inverted_double_pendulum(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _inverted_double_pendulum(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
     x, y, v1, v2 = b["site_xpos"][:, 0, 0], b["site_xpos"][:, 0, 2], b["qvel"][:, 1], b["qvel"][:, 2]
     terminated = y <= 1
     return 10.0 * ~terminated - (0.01 * x**2 + (y - 2) ** 2) - (1e-3 * v1**2 + 5e-3 * v2**2), terminated
@@ -140,14 +144,14 @@ def _inverted_double_pendulum(b: Arrays, velocity: np.ndarray, act: np.ndarray) 
 FINGERTIP, TARGET = 3, 4  # bodies of the Reacher
 
 
-def _reacher_observe(b: Arrays) -> np.ndarray:
+def _reacher_observe(xp: Any, b: Fields) -> Any:
     q, away = b["qpos"], b["xpos"][:, FINGERTIP] - b["xpos"][:, TARGET]
-    return np.concatenate((np.cos(q[:, :2]), np.sin(q[:, :2]), q[:, 2:], b["qvel"][:, :2], away[:, :2]), 1)
+    return xp.concatenate((xp.cos(q[:, :2]), xp.sin(q[:, :2]), q[:, 2:], b["qvel"][:, :2], away[:, :2]), 1)
 
 
-def _reacher(b: Arrays, velocity: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _reacher(xp: Any, b: Fields, velocity: Any, act: Any) -> tuple[Any, Any]:
     away = b["xpos"][:, FINGERTIP] - b["xpos"][:, TARGET]
-    return -np.sqrt(np.square(away).sum(1)) - np.square(act).sum(1), _never(b)
+    return -xp.sqrt(xp.square(away).sum(1)) - xp.square(act).sum(1), _never(xp, b)
 
 
 STATE = ("qpos", "qvel")
@@ -155,7 +159,7 @@ TASKS = {
     "HalfCheetah-v5": Task("half_cheetah.xml", 5, 1000, STATE, _sides, _half_cheetah, 0.1, normal=True, place=_x),
     "Hopper-v5": Task("hopper.xml", 4, 1000, STATE, _sides_clipped, _hopper, 5e-3, place=_x),
     "Walker2d-v5": Task("walker2d_v5.xml", 4, 1000, STATE, _sides_clipped, _walker2d, 5e-3, place=_x),
-    "Swimmer-v5": Task("swimmer.xml", 4, 1000, STATE, lambda b: np.concatenate((b["qpos"][:, 2:], b["qvel"]), 1), _swimmer, 0.1, place=_x),
+    "Swimmer-v5": Task("swimmer.xml", 4, 1000, STATE, _swimmer_observe, _swimmer, 0.1, place=_x),
     "Ant-v5": Task("ant.xml", 5, 1000, (*STATE, "xpos", "cfrc_ext"), _ant_observe, _ant, 0.1, normal=True, place=_torso, forces=True),
     "Humanoid-v5": Task(
         "humanoid.xml", 5, 1000, (*STATE, "ctrl", "xipos", "cinert", "cvel", "qfrc_actuator", "cfrc_ext"), _humanoid_observe, _humanoid, 1e-2,
@@ -169,6 +173,20 @@ TASKS = {
 }  # fmt: skip
 
 
+def load(task: Task) -> Any:
+    """Its MjModel, as Gymnasium has it."""
+    import mujoco
+
+    return mujoco.MjModel.from_xml_path(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / task.model))
+
+
+def fault(env: str, number: int, obs: np.ndarray, reward: float, act: np.ndarray, length: int, episode: int) -> RunError:
+    """The error that says what environment `number` gave after `length` steps of its episode: `obs` (D,) or `reward`, one of them not finite."""
+    what = f"reward {reward}" if np.isfinite(obs).all() else f"observation {shown(obs)}"
+    when = f"step {length + 1} of episode {episode}"
+    return RunError(f"{env} number {number} gave the {what} at {when}: expected finite numbers (it was given the action {shown(act)})")
+
+
 class MujocoEnvs:
     """N environments of the task `env`, one of TASKS, stepped by `threads` threads. ImportError where mujoco is not installed."""
 
@@ -176,8 +194,8 @@ class MujocoEnvs:
         import mujoco
 
         self.env, self.task, self.num_envs, self.seed, self.mujoco = env, TASKS[env], num_envs, seed, mujoco
-        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-        self.model = mujoco.MjModel.from_xml_path(str(assets / self.task.model))
+        self.model = load(self.task)
+        self.mass = self.model.body_mass
         self.dt = self.model.opt.timestep * self.task.frame_skip
         if self.model.ntree == 1:  # one tree of bodies is one island: to look for islands takes a seventh of a Hopper's step, and changes no bit
             self.model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, "mjDSBL_ISLAND", 0))  # where it is missing, nobody looks unless asked
@@ -200,7 +218,7 @@ class MujocoEnvs:
         for i in range(num_envs):
             self._reset(i)
         self.place = self._place()  # (N, 1 or 2), where they are, to tell how fast they are after the next step
-        obs = self.task.observe(self.fields).astype(np.float32)
+        obs = self.task.observe(np, self.fields).astype(np.float32)
         self.obs = torch.from_numpy(obs)
         self.spaces = Spaces(obs_dim=obs.shape[1], act_dim=self.model.nu, discrete=False)
 
@@ -226,7 +244,7 @@ class MujocoEnvs:
             mine[...] = theirs
 
     def _place(self) -> np.ndarray:
-        return self.task.place(self.fields, self.model) if self.task.place else np.zeros((self.num_envs, 1))
+        return self.task.place(np, self.fields, self.mass).copy() if self.task.place else np.zeros((self.num_envs, 1))
 
     def _advance(self, part: range, act: np.ndarray) -> None:
         step, forces = self.mujoco.mj_step, self.mujoco.mj_rnePostConstraint if self.task.forces else None
@@ -248,7 +266,7 @@ class MujocoEnvs:
         place = self._place()
         velocity = (place - self.place) / self.dt
         self.place = place
-        return self.task.observe(self.fields), *self.task.reward(self.fields, velocity, act)
+        return self.task.observe(np, self.fields), *self.task.reward(np, self.fields, velocity, act)
 
     def step(self, act: Tensor) -> Step:
         given = self.to_env(act)
@@ -268,9 +286,9 @@ class MujocoEnvs:
                 self._reset(int(i))
             first = {name: field[ended] for name, field in self.fields.items()}
             if self.task.place:
-                self.place[ended] = self.task.place(first, self.model)
+                self.place[ended] = self.task.place(np, first, self.mass)
             self.obs = next_obs.clone()
-            self.obs[torch.from_numpy(ended)] = torch.from_numpy(self.task.observe(first).astype(np.float32))
+            self.obs[torch.from_numpy(ended)] = torch.from_numpy(self.task.observe(np, first).astype(np.float32))
         return next_obs, torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(terminated), torch.from_numpy(truncated)
 
     def _name(self, obs: np.ndarray, reward: np.ndarray, act: np.ndarray) -> None:
@@ -278,9 +296,7 @@ class MujocoEnvs:
         if not bad.size:
             return  # only the sum was too large
         i = int(bad[0])
-        when = f"step {self.episodes.length[i] + 1} of episode {self.episode[i]}"
-        what = f"reward {reward[i]}" if np.isfinite(obs[i]).all() else f"observation {shown(obs[i])}"
-        raise RunError(f"{self.env} number {i} gave the {what} at {when}: expected finite numbers (it was given the action {shown(act[i])})")
+        raise fault(self.env, i, obs[i], reward[i], act[i], self.episodes.length[i], self.episode[i])
 
     def state_dict(self) -> dict[str, Any]:
         kind = self.mujoco.mjtState.mjSTATE_INTEGRATION

@@ -224,7 +224,10 @@ def train(config: Config, run: Run) -> ActorCritic:
 
     sizes = env_counts(config.num_envs, config.batch_size)
     key = f"trpo {config.env} {config.hidden} {config.batch_size} {config.cg_steps} {config.value_epochs} {config.value_minibatches}"
-    plan = run.plan(measure, key=key, device=devices(), num_envs=sizes, backend=environments.backends(config.env), threads=thread_counts())
+    plan = run.plan(
+        measure, key=key, asked={"backend": environments.asked(config.env)},
+        device=devices(), num_envs=sizes, backend=environments.backends(config.env), threads=thread_counts(),
+    )  # fmt: skip
     N = plan["num_envs"]
     T = max(1, config.batch_size // N)
     total = math.ceil(config.total_steps / (T * N))

@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
 @functools.cache  # what a process has imported stays what it is
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("onetorch", "torch", "numpy", "gymnasium", "mujoco"):
+    for name in ("onetorch", "torch", "numpy", "gymnasium", "mujoco", "mujoco-warp", "warp-lang"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -227,10 +227,10 @@ def test_ends_are_fetched_when_asked_for(env: str) -> None:
         assert np.array_equal(truncated.numpy(), length == batch.task.max_steps)
         returns += paid[done].tolist()
         paid[done], length[done] = 0, 0
-    assert len(batch.ended) == 1100 - 1024
+    assert len(batch.there.ended) == 1100 - 1024
     assert batch.episodes.finished == len(returns) > 20
     assert batch.episodes.recent == pytest.approx(returns[-100:], rel=1e-5)
-    assert batch.ended == []
+    assert batch.there.ended == []
     assert batch.episodes.running == pytest.approx(paid, rel=1e-5)
     assert np.array_equal(batch.episodes.length, length)
 
