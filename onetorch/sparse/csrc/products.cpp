@@ -41,8 +41,8 @@ template <class U, int VW, int S> inline vec<U, VW> repeat(const void* from) {
 template <class T, int VW, int NV, int S, int ROWS>
 void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc; using V = vec<Acc, VW>;
-  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U)), ahead = 8192;  // bytes: the way to memory takes as long
-  const int64_t groups = (M + TOKENS - 1) / TOKENS, line = bk * int64_t(sizeof(T)), span = std::max<int64_t>(1, 16384 / (bn * line));  // blocks between two visits to the sums
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U)), window = 16384;  // bytes of values between two visits to the sums; the way to memory takes as long
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, line = bk * int64_t(sizeof(T)), span = std::max<int64_t>(1, window / (bn * line));
   Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
   for (int64_t g = 0; g < groups; g++) {
     T* to = X.data + g * TOKENS * K;
@@ -68,7 +68,7 @@ void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, i
             V acc[ROWS][NV];
             UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = sums.data[(row + i) * NV + j]; }
             for (int64_t t = first + begin; t < first + std::min(n, begin + span); t++) {
-              const char *values = reinterpret_cast<const char*>(w + (t * bn + row) * bk), *later = values + ahead;
+              const char *values = reinterpret_cast<const char*>(w + (t * bn + row) * bk), *later = values + window;
               const T* tokens = X.data + g * TOKENS * K + side.rows[t] * bk * TOKENS;
               for (int64_t k = 0; k < line; k += chunk * sizeof(T), tokens += TOKENS * chunk, later += bytes) {
                 const char* at[ROWS / 4];  // few addresses for many rows
