@@ -53,7 +53,24 @@ def _warps(tile: int) -> int:
     return 8 if tile >= 128 * 128 else 4
 
 
+def _parts(index: Tensor, heads: int, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    """What `Layout.index` holds: by rows, offsets and block columns; by columns, offsets, block rows and where the values stand; and the block
+    row of each kept block."""
+    kept = (index.shape[0] - heads * sum(grid) - 2) // 4
+    return index.split([heads * grid[0] + 1, kept, heads * grid[1] + 1, kept, kept, kept])
+
+
 # Products. Shapes as in `products.py`: x (G, H, M, K), values (1 or G, kept, br, bc), index as `Layout.index`. -----------------------------------------
+
+
+def _side(index: Tensor, H: int, grid: tuple[int, int], block: tuple[int, int], transpose: bool) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
+    """What `dds` sums over: offsets of the output blocks, their inner blocks, where the values stand (of the transpose in place: nothing reads this); then the
+    side of a block and the number of blocks, each inner and outer."""
+    (R, C), (br, bc) = grid, block
+    row_offsets, block_columns, column_offsets, block_rows, order, _ = _parts(index, H, grid)
+    if transpose:
+        return row_offsets, block_columns, row_offsets, bc, br, C, R
+    return column_offsets, block_rows, order, br, bc, R, C
 
 
 @triton.jit
@@ -111,12 +128,8 @@ def dds_pointer(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, g
     G, H, M, K = x.shape
     sets, kept, br, bc = values.shape
     y = x.new_empty(G, H, M, columns)
-    R, C = grid
-    row_offsets, block_columns, column_offsets, block_rows, order, _ = index.split([H * R + 1, kept, H * C + 1, kept, kept, kept])
-    if transpose:
-        offsets, inner, position, BI, BO, inner_blocks, outer_blocks, v_k, v_n = row_offsets, block_columns, row_offsets, bc, br, C, R, 1, bc
-    else:
-        offsets, inner, position, BI, BO, inner_blocks, outer_blocks, v_k, v_n = column_offsets, block_rows, order, br, bc, R, C, bc, 1
+    offsets, inner, position, BI, BO, inner_blocks, outer_blocks = _side(index, H, grid, (br, bc), transpose)
+    v_k, v_n = (1, bc) if transpose else (bc, 1)
     most = _most(x.dtype)
     TM, TK, TN = _tile(M, most), min(64, most), _tile(BO, most)
     tiles = -(-M // TM)
@@ -164,9 +177,9 @@ def _sdd_kernel(
 def sdd_pointer(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
     """`sdd` for operands of any strides; the result not empty."""
     G, H, M, K = a.shape
-    kept = (index.shape[0] - H * sum(grid) - 2) // 4
+    _, columns, *_, rows = _parts(index, H, grid)
+    kept = len(rows)
     values = a.new_empty(1 if reduce else G, kept, *block)
-    rows, columns = index[index.shape[0] - kept :], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
     most = _most(a.dtype)
     TM, TN = _tile(block[0], most), _tile(block[1], most)
     _sdd_kernel[(values.shape[0] * kept * -(-block[0] // TM) * -(-block[1] // TN),)](
@@ -298,12 +311,7 @@ def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid:
     G, H, M, _K = x.shape
     sets, kept, br, bc = values.shape
     y = x.new_empty(G, H, M, columns)
-    R, C = grid
-    row_offsets, block_columns, column_offsets, block_rows, order, _ = index.split([H * R + 1, kept, H * C + 1, kept, kept, kept])
-    if transpose:
-        offsets, inner, position, BI, BO, inner_blocks, outer_blocks = row_offsets, block_columns, row_offsets, bc, br, C, R
-    else:
-        offsets, inner, position, BI, BO, inner_blocks, outer_blocks = column_offsets, block_rows, order, br, bc, R, C
+    offsets, inner, position, BI, BO, inner_blocks, outer_blocks = _side(index, H, grid, (br, bc), transpose)
     TM, TK = 64 if M <= 64 else 128, min(64, BI)
     tiles = -(-M // TM)
     of_values = TensorDescriptor(values, [sets * kept, br, bc], [br * bc, bc, 1], [1, BO, TK] if transpose else [1, TK, BO])
@@ -319,10 +327,9 @@ def dds_tma(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid:
 def sdd_tma(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
     """`sdd` for what `_choose` lets through."""
     (G, H, M, K), (BR, BC) = a.shape, block
-    kept = (index.shape[0] - H * sum(grid) - 2) // 4
-    sets = 1 if reduce else G
+    _, columns, *_, rows = _parts(index, H, grid)
+    sets, kept = 1 if reduce else G, len(rows)
     values = a.new_empty(sets, kept, BR, BC)
-    rows, columns = index[index.shape[0] - kept :], index[H * grid[0] + 1 : H * grid[0] + 1 + kept]
     TK = 64
     _sdd_tma_kernel[(_programs(sets * kept, 3 * (BR + BC) * TK * a.element_size(), a.device),)](
         _descriptor(a, (BR, TK)), _descriptor(b, (TK, BC)), values, rows, columns, sets, G if reduce else 1, K, M, b.shape[3], kept, *grid, BR=BR, BC=BC,
@@ -346,7 +353,7 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
 def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int], reduce: bool) -> Tensor:
     """a (G, H, M, K) @ b (G, H, K, N) at the kept blocks -> (G, kept, br, bc), or summed over G -> (1, kept, br, bc)."""
     G, H = a.shape[:2]
-    kept = (index.shape[0] - H * sum(grid) - 2) // 4
+    kept = len(_parts(index, H, grid)[1])
     if not kept or not (G or reduce):
         return a.new_empty(1 if reduce else G, kept, *block)
     arguments = a, b, index, grid, block, reduce
@@ -592,12 +599,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, whose last dimension must be dense; `grad` must be contiguous."""
     (B, H, _S, _D), Hk, (R, C) = q.shape, k.shape[1], grid
-    kept = (index.shape[0] - heads * (R + C) - 2) // 4
     delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(3)
     if grad_lse is not None:
         delta = delta - grad_lse
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    row_offsets, columns, column_offsets, rows, order, _ = index.split([heads * R + 1, kept, heads * C + 1, kept, kept, kept])
+    row_offsets, columns, column_offsets, rows, order, _ = _parts(index, heads, grid)
     common = _common(q, k, v, grid, block, heads, scale, causal, position, group, padding, mask, dropout, seed) | {"grad": grad, "lse": lse, "delta": delta}
     if dq.numel():
         _attention_dq_kernel[(B * H * R * -(-block[0] // common["TM"]),)](dq=dq, offsets=row_offsets, columns=columns, **common)
