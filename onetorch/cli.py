@@ -157,8 +157,14 @@ Flags = dict[str, list[str]]
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    words = sys.argv[1:] if words is None else words
+    """Run one command; returns its exit code, where this process has not worked with others."""
+    code = _main(sys.argv[1:] if words is None else words)
+    if distributed := sys.modules.get("onetorch.runs.distributed"):
+        distributed.end(code)
+    return code
+
+
+def _main(words: list[str]) -> int:
     try:
         code = _dispatch(words)
         sys.stdout.flush()

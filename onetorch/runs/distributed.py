@@ -35,6 +35,7 @@ PR_SET_PDEATHSIG = 1
 
 wrapped: list[nn.Module] = []  # by an algorithm that can work in several processes
 sharding = False  # whether `wrap` shards
+joined = False  # whether this process has worked with others
 
 
 def world() -> int:
@@ -49,8 +50,8 @@ def rank() -> int:
 
 def join(place: str, shard: bool = False) -> None:
     """Meet the other processes: `place` is "rank,world,file" as `launch` gives it, or "torchrun". With `shard`, `wrap` shards."""
-    global sharding
-    sharding = shard
+    global joined, sharding
+    joined, sharding = True, shard
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if place == "torchrun":
         dist.init_process_group(backend, init_method="env://")
@@ -71,6 +72,19 @@ def leave() -> None:
         dist.barrier()  # none goes while another may still be waiting for it
         wrapped.clear()  # what holds the group would end it at the interpreter's end, when its threads can no longer be joined
         dist.destroy_process_group()
+
+
+def end(code: int) -> None:
+    """End this process with an exit code, where it has worked with others; it has to be done with everything but flushing what it printed.
+
+    torch keeps the group of a sharded model for ever, and what stops by an exception keeps any. Its threads live on, and one that the system lets wait may
+    still hold a tensor; when it gives that back to an interpreter that is closing, the process aborts ("terminate called without an active exception"; torch
+    2.13). So the interpreter is not closed.
+    """
+    if joined:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wrap(model: nn.Module, parts: Iterable[nn.Module] = ()) -> nn.Module:

@@ -46,6 +46,7 @@ try:
 except Told:
     pass
 distributed.leave()
+distributed.end(0)
 """
 
 
@@ -168,6 +169,14 @@ def test_under_torchrun_what_cannot_work_is_refused_too(tmp_path: Path, monkeypa
     ):
         assert cli.main(words) == 2
         assert capsys.readouterr().err == f"onetorch: {says}\n"
+
+
+@pytest.mark.parametrize(("joined", "closed"), [("True", ""), ("False", "closed\n")])
+def test_a_process_that_worked_with_others_ends_without_closing_the_interpreter(joined: str, closed: str) -> None:
+    script = "import atexit, sys; from onetorch.runs import distributed as d; atexit.register(print, 'closed'); print('said'); "
+    script += f"d.joined = {joined}; d.end(3); sys.exit(3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n" + closed, "")
 
 
 def test_in_one_process_nothing_is_wrapped_or_gathered() -> None:
