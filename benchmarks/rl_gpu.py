@@ -32,6 +32,7 @@ import torch
 
 from onetorch.rl import ppo, sac, td3
 from onetorch.rl.envs import Spaces
+from onetorch.rl.graphs import Step
 from onetorch.runs.errors import UsageError
 from onetorch.runs.run import Run
 
@@ -95,9 +96,11 @@ def run_critics(algorithm: ModuleType, given: argparse.Namespace, folder: Path) 
     state.replay.count = rows
     with Run(folder, config, quiet=True, fixed={"device": given.device}) as run:
 
+        learn = Step(partial(algorithm.update, config, state), state.rng, run)
+
         def updates() -> int:
             for _ in range(10):
-                algorithm.update(config, state, state.replay.sample(batch, state.rng), run)
+                learn(state.replay.sample(batch, state.rng), *([td3.turn(config, state)] if algorithm is td3 else []))
             return 10
 
         return {"rates": rates(updates, given.device, given.seconds, given.repeats)}
@@ -109,11 +112,12 @@ def run_sac(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = sac.Config(env="HalfCheetah-v5", num_envs=N, batch_size=batch, hidden=hidden, replay=64 * N if given.dry else 1_000_000)
     state = sac.begin(config, "warp", device=given.device)
     with Run(folder, config, quiet=True, fixed={"device": given.device}) as run:
+        learn = Step(partial(sac.update, config, state), state.rng, run)
 
         def iteration() -> int:
             sac.explore(config, state, False, run)
             for _ in range(max(1, N // 64)):
-                sac.update(config, state, state.replay.sample(batch, state.rng), run)
+                learn(state.replay.sample(batch, state.rng))
             return N
 
         found = rates(iteration, given.device, given.seconds, given.repeats)

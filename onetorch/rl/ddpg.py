@@ -23,6 +23,7 @@ Speed: as in `sac`; the critic's weights get no gradients in the policy's step.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.graphs import Step
 from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
@@ -195,7 +197,8 @@ def train(config: Config, run: Run) -> Agent:
         trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
+        learn = Step(partial(update, config, trial), trial.rng)
+        return lambda: learn(trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"ddpg {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(
@@ -206,13 +209,13 @@ def train(config: Config, run: Run) -> Agent:
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
-    seen: dict[str, Any] = {}
+    learn, seen = Step(partial(update, config, state), state.rng, run), dict[str, Any]()
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
         explore(config, state, step <= config.random_steps, run)
         if step >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
-                seen = update(config, state, state.replay.sample(config.batch_size, state.rng), run)
+                seen = learn(state.replay.sample(config.batch_size, state.rng))
         run.phase("update")
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes

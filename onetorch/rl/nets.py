@@ -119,7 +119,9 @@ class Adam:
         self.weights = torch.cat([p.detach().reshape(-1) for p in self.params])
         rates = {lr for _, lr in each}  # where all are the same a step has a vector less to read
         self.lr = rates.pop() if len(rates) == 1 else torch.cat([torch.full_like(p.detach().reshape(-1), lr) for p, lr in each])
-        self.betas, self.eps, self.steps = betas, eps, 0
+        self.betas, self.eps = betas, eps
+        # On a GPU they are counted there, where a graph (`graphs`) can go on counting.
+        self.steps: int | Tensor = 0 if self.weights.device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=self.weights.device)
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.clipped: Tensor | None = None  # the gradient that `clip` leaves for the step
         for p, weights in zip(self.params, self.weights.split([p.numel() for p in self.params]), strict=True):
@@ -156,15 +158,15 @@ class Adam:
             return
         self.mean.lerp_(grad, 1 - self.betas[0])
         self.square.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
-        self.weights.addcdiv_(self.mean * self.lr, (self.square / two).sqrt_().add_(self.eps), value=-left / one)
+        self.weights.addcdiv_(self.mean * (self.lr * (-left / one)), (self.square / two).sqrt_().add_(self.eps))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+        return {"mean": self.mean, "square": self.square, "steps": int(self.steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean.copy_(state["mean"])
         self.square.copy_(state["square"])
-        self.steps = int(state["steps"])
+        self.steps = self.steps.fill_(state["steps"]) if isinstance(self.steps, Tensor) else int(state["steps"])
 
 
 class RunningNorm(nn.Module):

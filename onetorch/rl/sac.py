@@ -30,6 +30,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from torch.autograd.function import once_differentiable
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.graphs import Step
 from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.plan import devices, thread_counts
@@ -272,7 +274,8 @@ def train(config: Config, run: Run) -> Agent:
         trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: update(config, trial, trial.replay.sample(config.batch_size, trial.rng))
+        learn = Step(partial(update, config, trial), trial.rng)
+        return lambda: learn(trial.replay.sample(config.batch_size, trial.rng))
 
     key = f"sac {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(
@@ -283,13 +286,13 @@ def train(config: Config, run: Run) -> Agent:
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
-    seen: dict[str, Any] = {}
+    learn, seen = Step(partial(update, config, state), state.rng, run), dict[str, Any]()
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
         explore(config, state, step <= config.random_steps, run)
         if step >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
-                seen = update(config, state, state.replay.sample(config.batch_size, state.rng), run)
+                seen = learn(state.replay.sample(config.batch_size, state.rng))
         run.phase("update")
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes

@@ -25,6 +25,7 @@ Speed: as in `sac`; the policy's step asks only the first critic, and its weight
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from onetorch.rl import envs as environments
 from onetorch.rl import evaluation, stacks
 from onetorch.rl.buffer import Batch, Replay
+from onetorch.rl.graphs import Step
 from onetorch.rl.nets import Adam, encoder, follow
 from onetorch.rl.stacks import Stack
 from onetorch.runs.errors import UsageError
@@ -179,8 +181,8 @@ def policy_loss(model: Agent, batch: Batch) -> Tensor:
     return -model.q(torch.cat((batch.obs, model.pi(batch.obs).tanh()), 1), frozen=True, first=1).mean()
 
 
-def update(config: Config, state: State, batch: Batch, run: Run | None = None) -> dict[str, Tensor]:
-    """One gradient step of the critics; every `policy_delay`-th time one of the policy too, and the targets follow."""
+def update(config: Config, state: State, batch: Batch, run: Run | None = None, whole: bool = True) -> dict[str, Tensor]:
+    """One gradient step of the critics; with `whole`, which comes every `policy_delay`-th time, one of the policy too, and the targets follow."""
     model = state.model
     y = bellman_target(config, state, batch)
     batch = batch._replace(obs=model.encoder(batch.obs))  # the critics' gradients go on into it, the policy's do not
@@ -190,8 +192,7 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
     if run:
         run.finite(q_loss=q_loss)
     state.q_optimizer.step()
-    state.updates += 1
-    if state.updates % config.policy_delay:
+    if not whole:
         return {"q_loss": q_loss.detach()}
     pi_loss = policy_loss(model, batch._replace(obs=batch.obs.detach()))
     state.pi_optimizer.zero_grad()
@@ -203,12 +204,19 @@ def update(config: Config, state: State, batch: Batch, run: Run | None = None) -
     return {"q_loss": q_loss.detach(), "policy_loss": pi_loss.detach()}
 
 
+def turn(config: Config, state: State) -> bool:
+    """One update more; whether it is the policy's turn too."""
+    state.updates += 1
+    return state.updates % config.policy_delay == 0
+
+
 def train(config: Config, run: Run) -> Agent:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two gradient steps, one of them the policy's too, on what ten steps gave
         trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
             explore(config, trial, True)
-        return lambda: [update(config, trial, trial.replay.sample(config.batch_size, trial.rng)) for _ in range(2)]
+        learn = Step(partial(update, config, trial), trial.rng)
+        return lambda: [learn(trial.replay.sample(config.batch_size, trial.rng), whole) for whole in (False, True)]
 
     key = f"td3 {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(
@@ -219,13 +227,13 @@ def train(config: Config, run: Run) -> Agent:
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
-    seen: dict[str, Any] = {}
+    learn, seen = Step(partial(update, config, state), state.rng, run), dict[str, Any]()
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
         explore(config, state, step <= config.random_steps, run)
         if step >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
-                seen = update(config, state, state.replay.sample(config.batch_size, state.rng), run)
+                seen = learn(state.replay.sample(config.batch_size, state.rng), turn(config, state))
         run.phase("update")
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes

@@ -516,13 +516,14 @@ class Run:
             raise RunError(f"{folder.explain(error, self.folder / 'metrics.jsonl')}; {self._last_good()}") from error
         self._flushed = time.perf_counter()
 
-    def finite(self, **values: Any) -> None:
-        """Raise NonFinite if a loss or gradient norm is NaN or infinite. Call it before the optimizer's step, so that the weights stay good."""
+    def finite(self, *, late: bool = False, **values: Any) -> None:
+        """Raise NonFinite if a loss or gradient norm is NaN or infinite. Call it before the optimizer's step, so that the weights stay good; or say `late`."""
         for name, value in values.items():
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
             good = bool(torch.isfinite(number).all()) if isinstance(number, torch.Tensor) else math.isfinite(number)
             if not good:
-                raise NonFinite(f"{name} is {number} in iteration {self.iteration}: the weights were not changed by it; {self._last_good()}")
+                weights = "the weights are spoilt" if late else "the weights were not changed by it"
+                raise NonFinite(f"{name} {'has become' if late else 'is'} {number} in iteration {self.iteration}: {weights}; {self._last_good()}")
 
     def _last_good(self) -> str:
         if self._saved is None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rl_tasks  # noqa: F401 (registers the tasks)
 import torch
-from offpolicy_runs import small, timeless, train
+from offpolicy_runs import small, timeless, train, which
 from safetensors.torch import load_file
 
 from onetorch.rl import ddpg, sac, stacks, td3
@@ -154,7 +154,7 @@ def test_golden_losses(algorithm: ModuleType) -> None:
         for _ in range(100):
             algorithm.explore(config, state, True)
         for _ in range(50):
-            seen = algorithm.update(config, state, state.replay.sample(32, state.rng))
+            seen = algorithm.update(config, state, state.replay.sample(32, state.rng), None, *which(algorithm, config, state))
         return {name: value.item() for name, value in seen.items()}
 
     first, second = fifty(), fifty()

@@ -59,7 +59,7 @@ def test_the_policy_and_the_targets_are_delayed() -> None:
     for _ in range(6):
         tensors = (state.model.q.flat, state.model.pi.flat, state.target.q.flat, state.target.pi.flat)
         before = [t.detach().clone() for t in tensors]
-        td3.update(config, state, state.replay.sample(8, state.rng))
+        td3.update(config, state, state.replay.sample(8, state.rng), whole=td3.turn(config, state))
         moved.append([not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)])
     assert moved == [[True, False, False, False], [True, False, False, False], [True, True, True, True]] * 2
 
