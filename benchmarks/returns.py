@@ -10,8 +10,9 @@ where there is one (`ppo-halfcheetah`), else the algorithm's name. What it earns
 episodes in environments of their own, with the likeliest actions. Each run leaves benchmarks/results/returns/ALGORITHM-ENV-STEPS-SEED.json: that number,
 its command, config, seconds and curve (mean return of the last 100 training episodes over steps and seconds). Runs that have their file are skipped, and one
 that was stopped or killed goes on from its last checkpoint in runs/returns, so this can be stopped and continued, and several can work on different cells.
-A cell's number is the mean over its seeds with a 95 % interval by Student's t. Settings are chosen on other seeds than these. The cells at 60,000 steps of
-HalfCheetah, with bfloat16 and with float32 products between hidden layers, show what the fast products cost in returns.
+A cell's number is the mean over its seeds with a 95 % interval by Student's t, and the table of all cells stands in README.md beside the files. Settings are
+chosen on other seeds than these. The cells at 60,000 steps of HalfCheetah, with bfloat16 and with float32 products between hidden layers, show what the fast
+products cost in returns.
 
 With `--peer PYTHON` the runs are stable-baselines3's, of the same algorithm at its own defaults, under that interpreter: its log is a monitor.csv in
 runs/returns, which `onetorch plot` and `report` draw beside ours, its evaluation is the same (20 episodes, the likeliest actions, the same environment seeds),
@@ -219,6 +220,23 @@ def table() -> list[str]:
     return lines
 
 
+def page() -> str:
+    """README.md beside the files."""
+    about = (
+        "What each algorithm earns: the mean return of 20 episodes at the end of a run, by the likeliest actions, over seeds, with its 95 % interval.\n"
+        "Each run's command, config, curve and machine are in a file of its own here. `python benchmarks/returns.py` trains what is missing and writes this\n"
+        "page; it says where the targets and the published figures are from. One thread a run, on cores of servers with an AMD EPYC, at times busy ones.\n"
+    )
+    return "\n".join(("# Returns", "", about, *table(), ""))
+
+
+def put(path: Path, text: str) -> None:
+    """The file, whole or not at all, whoever else is writing it."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="cells as ALGORITHM, ALGORITHM:ENV or ALGORITHM:ENV:STEPS")
@@ -228,7 +246,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--peer", metavar="PYTHON", help="run stable-baselines3 under this interpreter in ours' place")
     parser.add_argument("--keep", action="store_true", help="leave the runs' folders in runs/returns once they are done")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--table", action="store_true", help="only the table of what is there")
     parser.add_argument("--as_peer", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_peer:
@@ -251,12 +269,11 @@ def main() -> int:
                 if path.exists() or time.monotonic() > deadline:
                     continue
                 row = train_peer(cell, seed, folder, options.peer) if options.peer else train(cell, seed, folder)
-                temporary = path.with_suffix(f".{os.getpid()}")
-                temporary.write_text(json.dumps(row) + "\n")
-                temporary.replace(path)
+                put(path, json.dumps(row) + "\n")
                 if not options.keep:
                     shutil.rmtree(folder)
                 sys.stderr.write(f"{name}: {row['result']['return']} ({row['cost']['cpu_seconds']:.0f} CPU-s)\n")
+    put(FOLDER / "README.md", page())
     print("\n".join(table()))
     return 0
 
