@@ -115,9 +115,10 @@ def run_sac(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         learn = Step(partial(sac.update, config, state), state.rng, run)
 
         def iteration() -> int:
-            sac.explore(config, state, False, run)
+            end = sac.explore(config, state, False, run)
             for _ in range(max(1, N // 64)):
                 learn(state.replay.sample(batch, state.rng))
+            end()
             return N
 
         found = rates(iteration, given.device, given.seconds, given.repeats)

@@ -6,6 +6,8 @@ give arrays whose last axis is the environment.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -191,6 +193,9 @@ class Classic:
             self.state[:, done] = self._begin(int(done.sum()))
             self.obs = self._observe()
         return next_obs, torch.from_numpy(reward).float(), torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        return partial(self.step, act)
 
     def _step_there(self, act: Tensor) -> Step:
         self.state, reward, terminated = self.task.step(torch, self.state, act)

@@ -62,7 +62,7 @@ class Config:
     total_steps: int = 50_000  # environment steps, all environments together
     num_envs: int = 8  # N, environments stepped together
     replay: int = 100_000  # transitions remembered
-    update_after: int = 1000  # environment steps before the first update
+    update_after: int = 1000  # transitions remembered before the first update
     update_every: int = 16  # environment steps between two rounds of updates
     updates: int = 8  # gradient steps of a round
     batch_size: int = 64  # B, transitions of a gradient step
@@ -194,20 +194,30 @@ def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tenso
     return batch.reward + discount * (1 - batch.terminated) * value
 
 
-def explore(config: Config, state: State, epsilon: float, run: Run) -> None:
-    """update_every environment steps, each action with chance epsilon a random one, into the replay memory."""
+def explore(config: Config, state: State, epsilon: float, run: Run) -> Callable[[], None]:
+    """update_every environment steps, each action with chance epsilon a random one, into the replay memory. What is returned ends the last of them."""
     model, envs, replay, N = state.model, state.envs, state.replay, config.num_envs
     T, device = config.update_every // N, replay.rows.device
     chance, act_any = torch.rand(T, N, device=device) < epsilon, torch.randint(envs.spaces.act_dim, (T, N), device=device)
-    for t in range(T):
+
+    def begin(t: int) -> Callable[[], None]:
         obs = envs.obs
         with torch.no_grad():
             act = torch.where(chance[t], act_any[t], model(obs).argmax(1))
+        step = envs.begin(act)
         run.phase("action")
-        next_obs, reward, terminated, truncated = envs.step(act)
-        run.phase("environment")
-        replay.add(obs, act, reward, next_obs, terminated, truncated)
-        run.phase("replay")
+
+        def end() -> None:
+            next_obs, reward, terminated, truncated = step()
+            run.phase("environment")
+            replay.add(obs, act, reward, next_obs, terminated, truncated)
+            run.phase("replay")
+
+        return end
+
+    for t in range(T - 1):
+        begin(t)()
+    return begin(T - 1)
 
 
 def batches(config: Config, state: State) -> Iterator[tuple[Tensor, Batch, Tensor | float]]:
@@ -255,10 +265,12 @@ def train(config: Config, run: Run) -> QNet:
         steps = max(1, config.update_every // config.num_envs // 8) * config.num_envs
         part = replace(config, update_every=steps, updates=max(1, config.updates // 8), replay=max(steps, config.num_envs * config.n_step))
         trial = begin(part, choice["backend"], choice["device"])
+        explore(part, trial, 0.5, run)()
 
         def work() -> None:
-            explore(part, trial, 0.5, run)
+            end = explore(part, trial, 0.5, run)
             learn(part, trial, 1.0, run)
+            end()
 
         return work
 
@@ -276,8 +288,10 @@ def train(config: Config, run: Run) -> QNet:
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
         epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
         left = 1 - (state.iteration - 1) / total if config.anneal else 1.0
-        explore(config, state, epsilon, run)
-        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run, left) if step >= config.update_after else {}
+        end = explore(config, state, epsilon, run)
+        enough = state.replay.count >= max(1, config.update_after)
+        seen = learn(config, state, config.beta + (1 - config.beta) * state.iteration / total, run, left) if enough else {}
+        end()
         if step // LOG_STEPS > (step - config.update_every) // LOG_STEPS or state.iteration == total:
             episodes = state.envs.episodes
             if seen:

@@ -17,6 +17,7 @@ import types
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import gymnasium
@@ -61,16 +62,16 @@ class Here:
         self.make = lambda: env_worker.EnvGroup(spec, part.stop - part.start, self.at)
         self.group: env_worker.EnvGroup | None = None
         self.seen: tuple[int, ...] | None = None  # where it was when last looked at
-        self.answer: tuple[np.ndarray, ...] = ()
+        self.work: Callable[[], tuple[np.ndarray, ...]] = tuple  # for whoever asks for the answer
 
     def send_step(self, actions: np.ndarray, seeds: np.ndarray) -> None:
         assert self.group is not None
-        self.answer = self._watched(self.group.step, actions, seeds)
+        self.work = partial(self._watched, self.group.step, actions, seeds)
 
     def send_replay(self, index: int, seed: int, actions: np.ndarray) -> None:
         if self.group is None:
             self.group = self._watched(self.make)
-        self.answer = (self._watched(self.group.replay, index, seed, actions),)
+        self.work = partial(lambda group: (self._watched(group.replay, index, seed, actions),), self.group)
 
     def _watched(self, work: Callable[..., Any], *args: Any) -> Any:
         clock = math.isfinite(self.timeout) and threading.current_thread() is threading.main_thread() and _take_clock()
@@ -180,7 +181,8 @@ class Worker:
             raise self._died()
         now, at = time.monotonic(), tuple(self.at[:3])
         if at != self.seen:
-            self.since, self.seen = now if self.seen else self.since, at
+            # It may be asked long after it was sent its work: what it did before the first look is not known.
+            self.since, self.seen = now if self.seen else max(self.since, now - LOOK_SECONDS), at
         limit = max(self.timeout, START_TIMEOUT) if self.at[1] == MAKING else self.timeout
         if now - self.since > limit:
             os.kill(self.process.pid, env_worker.TRACE_SIGNAL)
@@ -233,7 +235,7 @@ def _kill_session(leader: int) -> None:
 
 def receive(groups: Sequence[Here | Worker]) -> list[tuple[np.ndarray, ...]]:
     """What each group answers to what it was sent last. Fault as soon as one fails, whichever it is."""
-    answers: dict[Here | Worker, tuple[np.ndarray, ...]] = {g: g.answer for g in groups if isinstance(g, Here)}
+    answers: dict[Here | Worker, tuple[np.ndarray, ...]] = {g: g.work() for g in groups if isinstance(g, Here)}
     waiting = {g.fd: g for g in groups if isinstance(g, Worker)}
     if not waiting:
         return list(answers.values())

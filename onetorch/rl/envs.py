@@ -2,6 +2,7 @@
 
     envs = make("CartPole-v1", num_envs=64, seed=0)
     next_obs, reward, terminated, truncated = envs.step(act)     # what the step led to; then act on envs.obs
+    end = envs.begin(act); …; next_obs, reward, terminated, truncated = end()     # the same, with work of yours done meanwhile
 
 `next_obs` is always the observation that the step truly reached. An environment that ended begins anew by itself: `envs.obs`, what to act on next, then
 already holds the first observation of its next episode. A time limit is `truncated`, never `terminated`.
@@ -26,8 +27,9 @@ import importlib.util
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -90,6 +92,10 @@ class Envs(Protocol):
 
     def step(self, act: Tensor) -> Step:
         """act (N,) int64 for Discrete; (N, A) float for Box, where [-1, 1] is mapped onto the environment's bounds and what lies beyond is clipped."""
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        """Begins `step`; what is returned ends it, and has to be called before anything else is asked. Other processes ("processes", "envpool") are at work
+        in between; what runs in this process does it at the end, which is soon enough for a GPU to have been given its work before."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -224,14 +230,20 @@ class GymEnvs:
             raise self._named(fault, stepping=False) from None
 
     def step(self, act: Tensor) -> Step:
+        return self.begin(act)()
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
         if self.closed:
             raise RunError(f"these {self.num_envs} {self.env} are closed: make new ones")
         if act.numel() != self.num_envs * math.prod(self.action_space.shape):
             raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
         actions = self.to_env(act)
+        for group, part in zip(self.groups, self.parts, strict=True):
+            group.send_step(actions[part], self.next_seed[part])
+        return partial(self._end, actions)
+
+    def _end(self, actions: np.ndarray) -> Step:
         try:
-            for group, part in zip(self.groups, self.parts, strict=True):
-                group.send_step(actions[part], self.next_seed[part])
             answers = receive(self.groups)
         except Fault as fault:
             raise self._named(fault, stepping=True) from None
@@ -342,7 +354,13 @@ class Stacked:
         return torch.cat((obs,) * self.k, 1)
 
     def step(self, act: Tensor) -> Step:
-        newest, reward, terminated, truncated = self.envs.step(act)
+        return self.begin(act)()
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        return partial(self._end, self.envs.begin(act))
+
+    def _end(self, end: Callable[[], Step]) -> Step:
+        newest, reward, terminated, truncated = end()
         next_obs = self.obs = torch.cat((self.obs[:, newest.shape[1] :], newest), 1)
         done = terminated | truncated
         if done.any():
@@ -375,7 +393,13 @@ class Moved:
         return self.envs.episodes
 
     def step(self, act: Tensor) -> Step:
-        reached, *others = self.envs.step(act.to(self.envs.obs.device))
+        return self.begin(act)()
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        return partial(self._end, self.envs.begin(act.to(self.envs.obs.device)))
+
+    def _end(self, end: Callable[[], Step]) -> Step:
+        reached, *others = end()
         next_obs = reached.to(self.device)
         self.obs = next_obs if self.envs.obs is reached else self.envs.obs.to(self.device)
         reward, terminated, truncated = (x.to(self.device) for x in others)
@@ -449,6 +473,13 @@ def backends(env: str) -> tuple[str, ...]:
         return ("native", *(("threads",) if cores() > 1 else ()), *there)
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started
     return ("sync", "processes") if isinstance(entry, str) and not entry.startswith("__main__") else ("sync",)
+
+
+def beside_updates(env: str) -> tuple[str, ...]:
+    """Those of them that are worth measuring where few environments step while gradient steps are taken: the default, and processes, whose steps then take
+    no time as long as there is a core for them."""
+    default, *others = backends(env)
+    return (default, *(backend for backend in others if backend == "processes"))
 
 
 def asked(env: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,9 @@ class MujocoEnvs:
             self.obs = next_obs.clone()
             self.obs[torch.from_numpy(ended)] = torch.from_numpy(self.task.observe(np, first).astype(np.float32))
         return next_obs, torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        return partial(self.step, act)
 
     def _name(self, obs: np.ndarray, reward: np.ndarray, act: np.ndarray) -> None:
         bad = (~np.isfinite(obs).all(1) | ~np.isfinite(reward)).nonzero()[0]

@@ -13,6 +13,8 @@ Weng et al. 2022, "EnvPool: a highly parallel reinforcement learning environment
 import difflib
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -77,8 +79,8 @@ class PoolEnvs:
         return torch.from_numpy(np.array(obs, dtype).reshape(-1, *self.shape[1:]))  # a copy: the pool may use its memory again
 
     def _advance(self, actions: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """next_obs, reward, terminated, truncated; what ended begins anew and `obs` is what to act on next."""
-        obs, reward, terminated, truncated, _ = self.pool.step(actions)
+        """next_obs, reward, terminated, truncated of the step that was sent; what ended begins anew and `obs` is what to act on next."""
+        obs, reward, terminated, truncated, _ = self.pool.recv(reset=False, return_info=True)
         self.actions.append(actions)
         next_obs = self.obs = self._tensor(obs)
         done = terminated | truncated
@@ -89,9 +91,16 @@ class PoolEnvs:
         return next_obs, reward.astype(np.float64), terminated.astype(bool), (truncated & ~terminated).astype(bool)
 
     def step(self, act: Tensor) -> Step:
+        return self.begin(act)()
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
         if act.numel() != self.num_envs * math.prod(self.action_space.shape or ()):
             raise ValueError(f"act must be {self.num_envs} actions of {self.action_space}, got a tensor {tuple(act.shape)}")
         actions = self.to_env(act)
+        self.pool.send(actions)
+        return partial(self._end, actions)
+
+    def _end(self, actions: np.ndarray) -> Step:
         next_obs, reward, terminated, truncated = self._advance(actions)
         if not (math.isfinite(next_obs.sum(dtype=torch.float64).item()) and math.isfinite(reward.sum())):
             self._name(next_obs.numpy(), reward, actions)
@@ -127,6 +136,7 @@ class PoolEnvs:
         (self.pool, *_), self.actions = _make(self.env, self.num_envs, self.seed), []
         self.obs = self._tensor(self.pool.reset()[0])
         for actions in np.asarray(state["actions"]).astype(self.action_space.dtype):
+            self.pool.send(actions)
             self._advance(actions)
         if self.obs.numpy().tobytes() != saved.tobytes():
             raise ValueError(

@@ -51,7 +51,7 @@ class Config:
     total_steps: int = 20_000  # environment steps, all environments together
     num_envs: int = 1  # N, environments stepped together
     random_steps: int = 1000  # environment steps with actions drawn uniformly, at the start
-    update_after: int = 1000  # environment steps before the first update
+    update_after: int = 1000  # transitions remembered before the first update
     update_every: int = 1  # environment steps, divided by N, between rounds of updates
     updates_per_step: float = 1.0  # gradient steps for each step of an environment
     replay: int = 1_000_000  # transitions remembered
@@ -211,17 +211,25 @@ def turn(config: Config, state: State) -> bool:
 
 
 def train(config: Config, run: Run) -> Agent:
-    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two gradient steps, one of them the policy's too, on what ten steps gave
+    def measure(choice: dict[str, Any]) -> Callable[[], object]:  # two steps of the environments, and gradient steps: with the second the policy's too
         trial = begin(config, choice["backend"], choice["dtype"], device=choice["device"])
         for _ in range(10):
-            explore(config, trial, True)
+            explore(config, trial, True)()
         learn = Step(partial(update, config, trial), trial.rng)
-        return lambda: [learn(trial.replay.sample(config.batch_size, trial.rng), whole) for whole in (False, True)]
+
+        def work() -> None:
+            for whole in (False, True):
+                end = explore(config, trial, True)
+                for _ in range(max(1, round(config.num_envs * config.updates_per_step))):
+                    learn(trial.replay.sample(config.batch_size, trial.rng), whole)
+                end()
+
+        return work
 
     key = f"td3 {config.env} {config.hidden} {config.batch_size} {config.num_envs}"
     plan = run.plan(
         measure, key=key, asked={"backend": environments.asked(config.env)},
-        device=devices(), backend=environments.backends(config.env)[:1], dtype=stacks.dtypes(), threads=thread_counts(),
+        device=devices(), backend=environments.beside_updates(config.env), dtype=stacks.dtypes(), threads=thread_counts(),
     )  # fmt: skip
     N = config.num_envs
     total = math.ceil(config.total_steps / N)
@@ -230,11 +238,12 @@ def train(config: Config, run: Run) -> Agent:
     learn, seen = Step(partial(update, config, state), state.rng, run), dict[str, Any]()
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=N):
         step = state.iteration * N
-        explore(config, state, step <= config.random_steps, run)
-        if step >= config.update_after and state.iteration % config.update_every == 0:
+        end = explore(config, state, step <= config.random_steps, run)
+        if state.replay.count >= config.update_after and state.iteration % config.update_every == 0:
             for _ in range(round(config.update_every * N * config.updates_per_step)):
                 seen = learn(state.replay.sample(config.batch_size, state.rng), turn(config, state))
         run.phase("update")
+        end()
         if state.iteration % config.log_every == 0 or state.iteration == total:
             episodes = state.envs.episodes
             run.log(step, **{"return": episodes.mean_return()}, episodes=episodes.finished, **seen)
@@ -245,20 +254,25 @@ def train(config: Config, run: Run) -> Agent:
 
 
 @torch.no_grad()
-def explore(config: Config, state: State, warm: bool, run: Run | None = None) -> None:
-    """One step of all environments, remembered: pi(s) and noise; `warm`: actions drawn uniformly."""
+def explore(config: Config, state: State, warm: bool, run: Run | None = None) -> Callable[[], None]:
+    """Begins one step of all environments; what is returned ends it and remembers it. Actions are pi(s) and noise; `warm`: drawn uniformly."""
     model, envs, obs = state.model, state.envs, state.envs.obs
     if warm:
         act = torch.rand(len(obs), model.act_dim, generator=state.rng, device=obs.device) * 2 - 1
     else:
         noise = torch.randn(len(obs), model.act_dim, generator=state.rng, device=obs.device)
         act = (model(obs) + config.act_noise * noise).clamp_(-1, 1)
+    step = envs.begin(act)
     if run:
         run.phase("action")
-    next_obs, reward, terminated, truncated = envs.step(act)
-    state.replay.add(obs, act, reward, next_obs, terminated, truncated)
-    if run:
-        run.phase("environment")
+
+    def end() -> None:
+        next_obs, reward, terminated, truncated = step()
+        state.replay.add(obs, act, reward, next_obs, terminated, truncated)
+        if run:
+            run.phase("environment")
+
+    return end
 
 
 def evaluate(model: Agent, config: Config, *, media: Path | None = None, episodes: int = 20, seed: int = 1_000_000) -> dict[str, float | int | str]:

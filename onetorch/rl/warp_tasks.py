@@ -13,6 +13,8 @@ MuJoCo Warp: github.com/google-deepmind/mujoco_warp. Macklin et al., "Warp: a hi
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,6 +140,9 @@ class WarpEnvs:
         ended, (obs, begun) = done.unsqueeze(1), self._begin(done)
         self.obs, self.place = torch.where(ended, obs, next_obs), torch.where(ended, begun, place)
         return next_obs, reward, terminated, truncated
+
+    def begin(self, act: Tensor) -> Callable[[], Step]:
+        return partial(self.step, act)
 
     def _watch(self, next_obs: Tensor, reward: Tensor, act: Tensor) -> None:
         """RunError where a number is not finite or contacts did not fit: at once on a processor, on a GPU when the host has heard of it, without a wait."""

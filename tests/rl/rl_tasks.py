@@ -95,6 +95,22 @@ class Slow(Task):
         return super().step(action)
 
 
+class Late(Task):
+    """Its step 8 + k does not end before the file that LATE names has k bytes."""
+
+    def step(self, action: Any) -> Any:
+        answer, patience = super().step(action), time.monotonic() + 20
+        while os.path.getsize(os.environ["LATE"]) < self.count - 8:
+            if time.monotonic() > patience:
+                raise TimeoutError(f"step {self.count} waits for update {self.count - 8}")
+            time.sleep(0.001)
+        return answer
+
+
+class LateBox(Late):
+    action_space = BoxTask.action_space
+
+
 class Starter(Task):
     """Action 1 starts a process and shows its number; action 0 kills this one."""
 
@@ -351,5 +367,5 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
     seen = (TextObservation, TextAction, Everything, WrongPart, Switches, Picture, PictureAndNumber, Point, PointAndNumber)
-    for kind in (*faulty, *seen, Slow, Starter, Chain, Tell, Payday, Target):
+    for kind in (*faulty, *seen, Slow, Late, LateBox, Starter, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

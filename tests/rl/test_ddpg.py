@@ -46,7 +46,7 @@ def test_gradients_flow_only_where_they_should() -> None:
     config = small(ddpg.Config, env="Pendulum-v1")
     state = ddpg.begin(config)
     for _ in range(30):
-        ddpg.explore(config, state, True)
+        ddpg.explore(config, state, True)()
     model, sample = state.model, state.replay.sample(16, state.rng)
     y = ddpg.bellman_target(config, state, sample)
     assert not y.requires_grad

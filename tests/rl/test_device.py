@@ -178,7 +178,7 @@ def test_off_policy_algorithms(elsewhere: Elsewhere, algorithm: Any, fields: dic
     native = not fields["env"].endswith("-v0")
     state = algorithm.begin(config, None if native else "sync", device="meta")
     for warm in (True, True, False, False):
-        algorithm.explore(config, state, warm)
+        algorithm.explore(config, state, warm)()
     assert elsewhere.waits == [] if native else set(elsewhere.waits) <= {"cpu", "nonzero"}  # actions; where time limits cut pictures off
     elsewhere.waits.clear()
     for _ in range(2):
@@ -194,7 +194,7 @@ def test_dqn(elsewhere: Elsewhere, fields: dict[str, Any]) -> None:
     run: Any = SimpleNamespace(phase=lambda name: None, finite=lambda **values: None)
     state = dqn.begin(config, "sync" if fields.get("env") else "native", "meta")
     for _ in range(3):
-        dqn.explore(config, state, 0.5, run)
+        dqn.explore(config, state, 0.5, run)()
     assert fields.get("env") or elsewhere.waits == []
     dqn.learn(config, state, 0.4, run)
     all_there(elsewhere, state)

@@ -208,7 +208,7 @@ def test_target_is_a_copy_or_an_average(tmp_path: Path) -> None:
         config = dataclasses.replace(SMALL, tau=tau, target_every=every, updates=1, dueling=True)
         with Run(tmp_path / str(tau), config, quiet=True) as run:
             state = dqn.begin(config, "native")
-            dqn.explore(config, state, 1.0, run)
+            dqn.explore(config, state, 1.0, run)()
             before = expected = {k: v.clone() for k, v in state.target.state_dict().items()}
             for k in range(1, 4):
                 dqn.learn(config, state, 1.0, run)
@@ -316,7 +316,7 @@ def test_epsilon_is_the_share_of_random_actions(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, update_every=20_000, replay=20_000)
     state = dqn.begin(config, "native")
     with Run(tmp_path / "run", config, quiet=True) as run:
-        dqn.explore(config, state, 0.3, run)
+        dqn.explore(config, state, 0.3, run)()
     kept = state.replay.gather(torch.arange(20_000))
     with torch.no_grad():
         best = state.model(kept.obs).argmax(1)
@@ -385,7 +385,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path) -> None:
     state = dqn.begin(SMALL, "native")
     with Run(tmp_path / "run", SMALL, quiet=True) as run:
-        dqn.explore(SMALL, state, 1.0, run)
+        dqn.explore(SMALL, state, 1.0, run)()
         state.replay.rows[3, 5] = math.nan  # a reward
         config = dataclasses.replace(SMALL, batch_size=500)
         before = [p.clone() for p in state.model.parameters()]

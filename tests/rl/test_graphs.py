@@ -92,7 +92,7 @@ def prepared(algorithm: ModuleType, **fields: Any) -> tuple[Any, Any]:
     config = small(algorithm.Config, **({"env": "Pendulum-v1", "hidden": (16, 16), "batch_size": 8} | fields))
     state = algorithm.begin(config)
     for _ in range(50):
-        algorithm.explore(config, state, True)
+        algorithm.explore(config, state, True)()
     for optimizer in (state.pi_optimizer, state.q_optimizer):
         optimizer.steps = torch.zeros((), dtype=torch.float64)
     return config, state
@@ -119,8 +119,8 @@ def test_a_recorded_step_does_what_the_step_does(algorithm: ModuleType, fields: 
         seen = learn(state.replay.sample(config.batch_size, state.rng), *which(algorithm, config, state))
         assert {name: x.item() for name, x in seen.items()} == {name: x.item() for name, x in expected.items()}, i
         assert all(torch.equal(a, b) for a, b in zip(weights(state), weights(plain), strict=True)), i
-        algorithm.explore(config, state, i % 2 == 0)
-        algorithm.explore(config, plain, i % 2 == 0)
+        algorithm.explore(config, state, i % 2 == 0)()
+        algorithm.explore(config, plain, i % 2 == 0)()
     assert learn.replayed >= 24 - graphs.WARM * len(learn.recorded)
     assert len(learn.recorded) == (2 if algorithm is td3 else 1)
     assert state.q_optimizer.state_dict()["steps"] == 24

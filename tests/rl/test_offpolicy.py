@@ -13,7 +13,7 @@ import torch
 from offpolicy_runs import small, timeless, train, which
 from safetensors.torch import load_file
 
-from onetorch.rl import ddpg, sac, stacks, td3
+from onetorch.rl import ddpg, dqn, sac, stacks, td3
 from onetorch.runs.errors import NonFinite
 from onetorch.runs.run import Run
 
@@ -59,7 +59,7 @@ def test_critics_teach_the_encoder_and_the_policy_only_looks(algorithm: ModuleTy
     config = small(algorithm.Config, **PICTURES, num_envs=4, frame_stack=2, tau=0.25, **({"policy_delay": 1} if algorithm is td3 else {}))
     state = algorithm.begin(config)
     for _ in range(20):
-        algorithm.explore(config, state, True)
+        algorithm.explore(config, state, True)()
     assert state.replay.image is not None
     assert state.replay.image.shape[1:] == (2, 8, 8)
     model, batch = state.model, state.replay.sample(16, state.rng)
@@ -152,7 +152,7 @@ def test_golden_losses(algorithm: ModuleType) -> None:
         config = small(algorithm.Config, lr=1e-3)
         state = algorithm.begin(config, "sync")
         for _ in range(100):
-            algorithm.explore(config, state, True)
+            algorithm.explore(config, state, True)()
         for _ in range(50):
             seen = algorithm.update(config, state, state.replay.sample(32, state.rng), None, *which(algorithm, config, state))
         return {name: value.item() for name, value in seen.items()}
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(algorithm: Mo
     config = small(algorithm.Config)
     state = algorithm.begin(config)
     for _ in range(40):
-        algorithm.explore(config, state, True)
+        algorithm.explore(config, state, True)()
     batch = state.replay.gather(torch.arange(32))
     before = state.model.q.flat.detach().clone()
     with Run(tmp_path / "run", config, quiet=True) as run:
@@ -191,6 +191,30 @@ def test_updates_keep_pace_with_the_steps(tmp_path: Path) -> None:
         ddpg.train(config, run)
     assert count == 44 * 4
     assert [row["step"] for row in timeless(tmp_path / "run")] == [80, 160, 240, 320, 400]
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn])
+def test_environments_step_while_the_weights_are_updated(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In worker processes: an environment whose step ends only after the update that goes with it has begun."""
+    (tmp_path / "updates").touch()
+    monkeypatch.setenv("LATE", str(tmp_path / "updates"))
+
+    class Noting(Run):
+        def finite(self, **values: float) -> None:
+            if values.keys() & {"q_loss", "loss"}:
+                with (tmp_path / "updates").open("a") as file:
+                    file.write(".")
+            super().finite(**values)
+
+    fields = {"total_steps": 20, "update_after": 8, "batch_size": 4, "hidden": (8,), "replay": 20}
+    fixed = {"threads": "1", "backend": "processes"}
+    if algorithm is dqn:
+        config = dqn.Config(env="Late-v0", num_envs=1, update_every=1, updates=1, n_step=1, **fields)
+    else:
+        config, fixed["dtype"] = algorithm.Config(env="LateBox-v0", random_steps=4, **fields), "float32"
+    with Noting(tmp_path / "run", config, quiet=True, fixed=fixed) as run:
+        algorithm.train(config, run)
+    assert (tmp_path / "updates").read_text() == "." * 12
 
 
 def test_episodes_are_evaluated_without_training_state() -> None:

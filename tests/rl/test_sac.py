@@ -143,7 +143,7 @@ def test_gradients_flow_only_where_they_should(env: str) -> None:
     config = small(sac.Config, env=env)
     state = sac.begin(config)
     for _ in range(30):
-        sac.explore(config, state, True)
+        sac.explore(config, state, True)()
     model, sample = state.model, state.replay.sample(16, state.rng)
     y = sac.bellman_target(config, state, sample, torch.ones(()))
     assert not y.requires_grad

@@ -54,7 +54,7 @@ def test_the_policy_and_the_targets_are_delayed() -> None:
     config = small(td3.Config, env="TrapBox-v0", policy_delay=3)
     state = td3.begin(config)
     for _ in range(10):
-        td3.explore(config, state, True)
+        td3.explore(config, state, True)()
     moved = []
     for _ in range(6):
         tensors = (state.model.q.flat, state.model.pi.flat, state.target.q.flat, state.target.pi.flat)
@@ -68,7 +68,7 @@ def test_gradients_flow_only_where_they_should() -> None:
     config = small(td3.Config, env="Pendulum-v1")
     state = td3.begin(config)
     for _ in range(30):
-        td3.explore(config, state, True)
+        td3.explore(config, state, True)()
     model, sample = state.model, state.replay.sample(16, state.rng)
     y = td3.bellman_target(config, state, sample)
     assert not y.requires_grad
