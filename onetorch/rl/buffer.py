@@ -206,7 +206,7 @@ class SumTree:
         return self.levels[0].view(-1)[index]
 
     def __setitem__(self, index: Tensor, values: Tensor) -> None:
-        self.levels[0].view(-1)[index] = values
+        self.levels[0].view(-1).scatter_(0, index, values.expand(index.shape))  # of an index that comes twice the last counts; indexing leaves it to threads
         for level, above in pairwise(self.levels):
             index = index // self.WIDTH
             above.view(-1)[index] = level[index].sum(1)  # added up anew: no rounding error stays
@@ -260,10 +260,10 @@ class PrioritizedReplay(Replay):
         return self.tree.find((u + torch.arange(batch, device=u.device)) / batch)
 
     def weights(self, rows: Tensor, beta: float) -> Tensor:
-        """w_i = (N P(i))^-beta, divided by the greatest of the batch: (B,) float32, what undoes the bias of drawing `rows` by priority; wholly at beta = 1."""
+        """w_i = (N P(i))^-beta, divided by the greatest of the batch, float32 for rows (…, B): what undoes the bias of the draw, wholly at beta = 1."""
         chance = self.tree[rows] / self.tree.total()
         weight = (len(self) * chance) ** -beta
-        return (weight / weight.max()).float()
+        return (weight / weight.amax(-1, keepdim=True)).float()
 
     def prioritize(self, rows: Tensor, td_error: Tensor) -> None:
         """Give the transitions in `rows` (B,) the priorities |td_error| + 1e-6, td_error (B,)."""
