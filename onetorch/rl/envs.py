@@ -176,12 +176,14 @@ class EpisodesThere:
 
 
 class ActionMap:
-    """From a policy's actions to an environment's own, (N, …) in its dtype: finite Box bounds are mapped from [-1, 1], and nothing lies beyond them."""
+    """From a policy's actions to an environment's own, (N, …) in its dtype: finite Box bounds are mapped from [-1, 1], and nothing lies beyond them; whole
+    numbers are the nearest. Bounds so far apart that the dtype cannot hold the distance count as none."""
 
     def __init__(self, space: gymnasium.Space) -> None:
         self.space = space
         if isinstance(space, gymnasium.spaces.Box):
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
+            with np.errstate(over="ignore"):
+                bounded = np.isfinite(space.low) & np.isfinite(space.high) & np.isfinite(space.high - space.low)
             low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
             self.middle, self.half = (low + high) / 2, (high - low) / 2
             self.same = bool((self.middle == 0).all() and (self.half == 1).all())
@@ -191,6 +193,7 @@ class ActionMap:
         if isinstance(space, gymnasium.spaces.Box):
             given = act.detach().numpy().reshape(-1, *space.shape)
             scaled = given if self.same else self.middle + given * self.half
+            scaled = np.rint(scaled) if space.dtype.kind in "iu" else scaled
             return np.minimum(np.maximum(scaled, space.low), space.high).astype(space.dtype, copy=False)
         start = getattr(space, "start", 0)  # MultiBinary has none
         return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)

@@ -92,6 +92,21 @@ def test_actions_are_mapped_onto_the_bounds() -> None:
     assert ActionMap(gymnasium.spaces.Box(-2, 2, (2, 2)))(torch.zeros(5, 4)).shape == (5, 2, 2)
 
 
+def test_whole_actions_are_the_nearest() -> None:
+    """-2 … 3 on [-1, 1] lie 0.4 apart; who cuts the fractions off does 0 on a third of them, and neither end of what is open."""
+    whole = ActionMap(gymnasium.spaces.Box(-2, 3, (1,), np.int64))
+    assert whole(torch.tensor([[-0.99], [-0.7], [-0.25], [-0.15], [0.3], [0.7], [0.99], [7.0]])).flatten().tolist() == [-2, -1, -0, 0, 1, 2, 3, 3]
+    assert whole(torch.tensor([[0.0]])).dtype == np.int64
+    switch = ActionMap(gymnasium.spaces.Box(-1, 1, (1,), np.int8))
+    assert switch(torch.tensor([[-0.9], [-0.6], [0.4], [0.6]])).flatten().tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_as_far_apart_as_floats_reach_are_none() -> None:
+    far = float(np.finfo(np.float32).max)
+    assert ActionMap(gymnasium.spaces.Box(-far, far, (2,), np.float32))(torch.tensor([[0.0, 0.5]])).tolist() == [[0.0, 0.5]]
+
+
 @pytest.mark.parametrize("backend", ["sync", "processes"])
 def test_environment_that_is_not_deterministic_cannot_be_resumed(backend: str) -> None:
     batch = envs.make("Chance-v0", 8, 0, backend)
