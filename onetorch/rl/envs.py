@@ -27,6 +27,7 @@ import importlib.util
 import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -530,6 +531,21 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
         raise UsageError(_missing(env, error)) from None
     except gymnasium.error.Error as error:
         raise UsageError(f"{env} cannot be made: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the environment's own
+        raise _traced(UsageError(f"{env} cannot be made: {_shortly(error)}"), error) from None
+
+
+def _shortly(error: Exception) -> str:
+    what = " ".join(str(error).split())
+    return what if isinstance(error, ImportError) else f"{type(error).__name__}: {what}"
+
+
+def _traced(told: UsageError, error: Exception) -> UsageError:
+    """`told`, with the traceback of what was raised in code that is not ours as its notes."""
+    if not isinstance(error, ImportError):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            told.add_note(line)
+    return told
 
 
 def _missing(env: str, error: Exception, backend: str | None = None) -> str:
@@ -550,8 +566,8 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
     if colon:
         try:
             importlib.import_module(module)  # which registers it
-        except ImportError as error:
-            raise UsageError(f"{env}: the module {module!r} cannot be imported ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # the user's own code, which may do anything
+            raise _traced(UsageError(f"{env}: the module {module!r} cannot be imported ({_shortly(error)})"), error) from None
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
@@ -581,6 +597,8 @@ def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any
             raise UsageError(f"{env} has the {error}") from None
     assert spec is not None
     act_dim, multi = action_size(env, act)
+    if not act_dim or not math.prod(observation.shape):
+        raise UsageError(f"{env} has the {'observation' if act_dim else 'action'} space {one.observation_space if act_dim else act}, which holds no number")
     obs_dim = observation.shape[0] if observation.vectors else 0
     found = Spaces(obs_dim, act_dim, not isinstance(act, gymnasium.spaces.Box), multi, observation.image)
     return spec, found, act, observation

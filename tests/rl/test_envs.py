@@ -329,6 +329,9 @@ def test_atari_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Banana-v3", r"unknown environment 'Banana-v3' \([^;]*\)$"),
         ("TextObservation-v0", r"observation space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these$"),
         ("TextAction-v0", r"action space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary$"),
+        ("NothingSeen-v0", r"observation space Dict\(.*\), which holds no number$"),
+        ("NothingDone-v0", r"action space Box\(.*\), which holds no number$"),
+        ("Unmade-v0", r"Unmade-v0 cannot be made: TypeError: .*missing 1 required positional argument: 'size'"),
         ("MissingPackage-v0", r"needs a package that is not installed .*pip install 'onetorch\[rl\]'"),
     ],
 )
@@ -353,6 +356,19 @@ def test_module_that_registers_its_environment(tmp_path: Path, monkeypatch: pyte
     batch.close()
     with pytest.raises(UsageError, match="the module 'no_such_module' cannot be imported"):
         envs.make("no_such_module:Mine-v0", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("raise RuntimeError('no\\ndisk')", "RuntimeError: no disk"), ("def (", r"SyntaxError: invalid syntax \(.*\.py, line 1\)")]
+)
+def test_a_module_that_fails_is_named_and_where(text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fails_itself.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=rf"^fails_itself:Mine-v0: the module 'fails_itself' cannot be imported \({told}\)") as caught:
+        envs.make("fails_itself:Mine-v0", 1, 0)
+    assert any("fails_itself.py" in line for line in caught.value.__notes__)
+    with pytest.raises(UsageError, match="the module '' cannot be imported"):
+        envs.make(":CartPole-v1", 1, 0)
 
 
 def test_wrong_arguments() -> None:
