@@ -212,7 +212,7 @@ def train(config: Config, run: Run) -> Agent:
         measure, key=key, asked={"backend": environments.asked(config.env)},
         device=devices(), backend=environments.beside_updates(config.env), dtype=stacks.dtypes(), threads=thread_counts(),
     )  # fmt: skip
-    N = config.num_envs
+    N, rate = config.num_envs, config.num_envs * config.updates_per_step  # gradient steps for each step of all environments
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
@@ -221,7 +221,7 @@ def train(config: Config, run: Run) -> Agent:
         step = state.iteration * N
         end = explore(config, state, step <= config.random_steps, run)
         if state.replay.count >= config.update_after and state.iteration % config.update_every == 0:
-            for _ in range(round(config.update_every * N * config.updates_per_step)):
+            for _ in range(round(rate * state.iteration) - round(rate * (state.iteration - config.update_every))):  # fractions of steps add up
                 seen = learn(state.replay.sample(config.batch_size, state.rng))
         run.phase("update")
         end()

@@ -193,6 +193,24 @@ def test_updates_keep_pace_with_the_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in timeless(tmp_path / "run")] == [80, 160, 240, 320, 400]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("rate", "count"), [(0.3, 45), (1.5, 225)])
+def test_fractions_of_updates_add_up(algorithm: ModuleType, rate: float, count: int, tmp_path: Path) -> None:
+    """200 steps of one environment, updates from step 51 on: 150 rounds of a fraction each, none of which is a whole step by itself."""
+    steps = 0
+
+    class Counting(Run):
+        def finite(self, **values: float) -> None:
+            nonlocal steps
+            steps += "q_loss" in values
+            super().finite(**values)
+
+    config = small(algorithm.Config, num_envs=1, total_steps=200, update_after=50, update_every=1, updates_per_step=rate)
+    with Counting(tmp_path / "run", config, quiet=True, fixed={"threads": "1", "dtype": "float32", "backend": "native"}) as run:
+        algorithm.train(config, run)
+    assert steps == count
+
+
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn])
 def test_environments_step_while_the_weights_are_updated(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In worker processes: an environment whose step ends only after the update that goes with it has begun."""
