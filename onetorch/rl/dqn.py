@@ -85,6 +85,8 @@ class Config:
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
         for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -310,6 +312,8 @@ def evaluate(
     """Mean return over episodes of their own, with a 95 % interval: of the best actions, and with a share epsilon of random ones as `stochastic_return`;
     `agent.mp4` under `media` is of the best. `epsilon`: None is that of the end of training; Mnih et al. take 0.05."""
     share, rng = config.epsilon if epsilon is None else epsilon, torch.Generator().manual_seed(seed)
+    if not 0 <= share <= 1:
+        raise UsageError(f"epsilon must be between 0 and 1, got {share}")
 
     def exploring(obs: Tensor) -> Tensor:
         random, act = torch.rand(len(obs), generator=rng) < share, torch.randint(model.act_dim, (len(obs),), generator=rng)

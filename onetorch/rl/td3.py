@@ -69,6 +69,8 @@ class Config:
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
         for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every", "policy_delay"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

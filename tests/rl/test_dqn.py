@@ -418,3 +418,5 @@ def test_episodes_are_evaluated_without_training_state() -> None:
     assert 10 < float(results[0]["stochastic_return"]) < 40  # random actions
     greedy = dqn.evaluate(model, SMALL, episodes=30, epsilon=0.0)
     assert greedy["stochastic_return"] == greedy["return"] == results[0]["return"]
+    with pytest.raises(UsageError, match="epsilon must be between 0 and 1, got 7"):
+        dqn.evaluate(model, SMALL, epsilon=7.0)

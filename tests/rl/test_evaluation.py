@@ -114,3 +114,5 @@ def test_a_policy_sees_in_the_video_what_it_sees_in_evaluation(tmp_path: Path) -
 def test_no_episodes() -> None:
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluation.returns(still, "CartPole-v1", episodes=0, seed=0)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        evaluation.returns(still, "CartPole-v1", episodes=1, seed=-1)

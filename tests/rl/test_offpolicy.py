@@ -193,6 +193,13 @@ def test_updates_keep_pace_with_the_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in timeless(tmp_path / "run")] == [80, 160, 240, 320, 400]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn])
+def test_config_names_a_seed_that_no_generator_takes(algorithm: ModuleType, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be at least 0 and below 2\\^64, got {seed}"):
+        algorithm.Config(seed=seed)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("rate", "count"), [(0.3, 45), (1.5, 225)])
 def test_fractions_of_updates_add_up(algorithm: ModuleType, rate: float, count: int, tmp_path: Path) -> None:
