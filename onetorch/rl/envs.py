@@ -497,8 +497,11 @@ def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
     """Environment steps per second of nothing but the environments, under actions drawn beforehand: the ceiling of any training on them."""
     envs = make(env, num_envs, 0, backend)
     generator = torch.Generator().manual_seed(0)
-    A, shape = envs.spaces.act_dim, (64, num_envs)
-    draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
+    A, multi, shape = envs.spaces.act_dim, envs.spaces.multi, (64, num_envs)
+    if multi:
+        draws = torch.stack([torch.randint(choices, shape, generator=generator) for choices in multi], -1)
+    else:
+        draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
     steps, begin = 0, time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds or not steps:
         for act in draws:

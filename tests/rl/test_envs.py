@@ -371,6 +371,12 @@ def test_a_module_that_fails_is_named_and_where(text: str, told: str, tmp_path: 
         envs.make(":CartPole-v1", 1, 0)
 
 
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Everything-v0", "Switches-v0"])
+def test_the_ceiling_of_every_kind_of_action(env: str) -> None:
+    """Everything-v0 and Switches-v0 look whether they were given actions of theirs."""
+    assert envs.speed(env, 2, "sync", seconds=0.0) > 0
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
         envs.make("CartPole-v1", 0, 0)
