@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import gymnasium
@@ -570,7 +571,11 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
         try:
             importlib.import_module(module)  # which registers it
         except Exception as error:  # the user's own code, which may do anything
-            raise _traced(UsageError(f"{env}: the module {module!r} cannot be imported ({_shortly(error)})"), error) from None
+            # Not looked for here by itself: a config, which may be a stranger's, names it.
+            first = module.partition(".")[0]
+            here = isinstance(error, ModuleNotFoundError) and error.name == first and Path(f"{first}.py").is_file()
+            hint = "; to take the one in this folder, put PYTHONPATH=. before the command" if here else ""
+            raise _traced(UsageError(f"{env}: the module {module!r} cannot be imported ({_shortly(error)}){hint}"), error) from None
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:

@@ -367,6 +367,11 @@ def test_a_module_that_fails_is_named_and_where(text: str, told: str, tmp_path: 
     with pytest.raises(UsageError, match=rf"^fails_itself:Mine-v0: the module 'fails_itself' cannot be imported \({told}\)") as caught:
         envs.make("fails_itself:Mine-v0", 1, 0)
     assert any("fails_itself.py" in line for line in caught.value.__notes__)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lies_here.py").touch()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    with pytest.raises(UsageError, match=r"'lies_here' cannot be imported \(.*\); to take the one in this folder, put PYTHONPATH=\. before the command$"):
+        envs.make("lies_here:Mine-v0", 1, 0)
     with pytest.raises(UsageError, match="the module '' cannot be imported"):
         envs.make(":CartPole-v1", 1, 0)
 
