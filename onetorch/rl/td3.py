@@ -104,6 +104,10 @@ class Agent(nn.Module):
         """pi(s) for obs (B, …): (B, A) in [-1, 1]."""
         return self.pi(self.encoder(obs)).tanh()
 
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions at obs (N, …): pi(s), and `noise` (N, A) added where it is given, (N, A) in [-1, 1]."""
+        return self(obs) if noise is None else (self(obs) + noise).clamp(-1, 1)
+
     def follow(self, other: "Agent", tau: float) -> None:
         """Weights go towards those of `other` by the fraction tau."""
         self.pi.flat.lerp_(other.pi.flat.detach(), tau)

@@ -13,7 +13,7 @@ import torch
 from offpolicy_runs import small, timeless, train, which
 from safetensors.torch import load_file
 
-from onetorch.rl import ddpg, dqn, sac, stacks, td3
+from onetorch.rl import ddpg, dqn, envs, ppo, sac, stacks, td3, trpo, vpg
 from onetorch.runs.errors import NonFinite
 from onetorch.runs.run import Run
 
@@ -249,6 +249,22 @@ def test_episodes_are_evaluated_without_training_state() -> None:
         results = [algorithm.evaluate(model, config, episodes=3) for _ in range(2)]
         assert results[0] == results[1]
         assert results[0]["episode_length"] == 200
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn, ppo, trpo, vpg])
+@pytest.mark.parametrize("backend", ["native", "sync"])
+def test_a_model_acts_as_the_page_for_spinning_ups_users_says(algorithm: ModuleType, backend: str) -> None:
+    """`env.step(model.act(env.obs, None))`, whatever the algorithm, and outside of torch.no_grad."""
+    config = algorithm.Config(env="CartPole-v1" if algorithm is dqn else "Pendulum-v1", hidden=(8,))
+    model, env = algorithm.build(config), envs.make(config.env, 3, 0, backend)
+    act = model.act(env.obs, None)
+    assert torch.equal(act, model.act(env.obs, None))
+    next_obs, reward, _, _ = env.step(act)
+    assert (next_obs.shape, reward.shape) == ((3, env.spaces.obs_dim), (3,))
+    assert not next_obs.requires_grad
+    if algorithm in (td3, ddpg):
+        noise = torch.tensor([[0.1], [-9.0], [9.0]])
+        assert torch.allclose(model.act(env.obs, noise), torch.stack([model(env.obs)[0] + 0.1, torch.tensor([-1.0]), torch.tensor([1.0])]))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
