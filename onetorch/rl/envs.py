@@ -518,7 +518,8 @@ def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool 
 
     found = classic.TASKS[env].spaces if env in classic.TASKS else pool.spaces(env) if env.startswith(pool.PREFIX) else _inspect(env)[1]
     if found.multi and not multi:
-        raise UsageError(f"{env} has actions that are {len(found.multi)} choices at once, of {found.multi}; this algorithm takes Box and Discrete")
+        several = f"{env} has actions that are {len(found.multi)} choices at once, of {found.multi}"
+        raise UsageError(f"{several}; this algorithm takes one, `ppo`, `trpo` and `vpg` several")
     if found.image and not images:
         raise UsageError(f"{env} has pictures (C, H, W) = {found.image} for observations; this algorithm takes vectors")
     return stack_spaces(found, frame_stack)
