@@ -84,6 +84,8 @@ class Config:
         for name in ("gamma", "tau"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(f"target_entropy must be finite, got {self.target_entropy}")
         if self.random_steps < 0:
             raise ValueError(f"random_steps must be at least 0, got {self.random_steps}")
         if self.replay < self.num_envs:

@@ -87,6 +87,8 @@ class Config:
             raise ValueError(f"num_envs must divide batch_size = {self.batch_size}, or be 0, got {self.num_envs}")
         if self.value_minibatches > self.batch_size:
             raise ValueError(f"value_minibatches must be at most batch_size = {self.batch_size}, got {self.value_minibatches}")
+        if not math.isfinite(self.log_std):
+            raise ValueError(f"log_std must be finite, got {self.log_std}")
         if not all(width > 0 for width in self.hidden):
             raise ValueError(f"hidden must be widths above 0, got {self.hidden}")
 
