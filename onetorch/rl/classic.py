@@ -183,7 +183,7 @@ class Classic:
     def step(self, act: Tensor) -> Step:
         if self.device is not None:
             return self._step_there(act)
-        self.state, reward, terminated = self.task.step(np, self.state, act.numpy())
+        self.state, reward, terminated = self.task.step(np, self.state, act.detach().numpy())
         truncated = self._episodes.length >= self.task.max_steps - 1
         done = terminated | truncated
         next_obs = self.obs = self._observe()
@@ -198,7 +198,7 @@ class Classic:
         return partial(self.step, act)
 
     def _step_there(self, act: Tensor) -> Step:
-        self.state, reward, terminated = self.task.step(torch, self.state, act)
+        self.state, reward, terminated = self.task.step(torch, self.state, act.detach())
         truncated = self.there.add(reward, terminated, self.task.max_steps)
         done = terminated | truncated
         next_obs = self._observe()

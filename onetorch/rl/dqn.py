@@ -82,10 +82,13 @@ class Config:
     beta: float = 0.4  # how far importance weights undo the priorities' bias at the start; 1 at the end
     huber: float = 4.0  # h of Huber's loss: errors count squared up to this, beyond it linearly
     max_grad_norm: float = 40.0  # gradients are scaled down to this norm
+    frame_stack: int = 1  # an observation is the last so many
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step"):
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
+        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step", "frame_stack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "adam_eps", "huber", "max_grad_norm"):
@@ -153,24 +156,28 @@ class State:
     iteration: int = 0
 
 
+def spaces(config: Config) -> environments.Spaces:
+    return environments.spaces(config.env, frame_stack=config.frame_stack, images=True)
+
+
 def build(config: Config) -> QNet:
-    spaces = environments.spaces(config.env, images=True)
-    if not spaces.discrete:
+    space = spaces(config)
+    if not space.discrete:
         raise UsageError(f"dqn needs an environment with Discrete actions, {config.env} has Box ones")
-    return QNet(spaces, config.hidden, config.dueling)
+    return QNet(space, config.hidden, config.dueling)
 
 
 def example(config: Config) -> Tensor:
     """Observations (8, …) for the module to answer, when it is shared."""
-    spaces = environments.spaces(config.env, images=True)
-    return torch.randint(256, (8, *spaces.obs_shape)).to(spaces.obs_dtype) if spaces.image else torch.randn(8, spaces.obs_dim)
+    space = spaces(config)
+    return torch.randint(256, (8, *space.obs_shape)).to(space.obs_dtype) if space.image else torch.randn(8, space.obs_dim)
 
 
 def begin(config: Config, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
     model = build(config).to(device)
     optimizer = Adam((model.parameters(), config.lr), eps=config.adam_eps)
-    envs = environments.make(config.env, config.num_envs, config.seed, backend, device=device)
+    envs = environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device)
     shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
     replay = PrioritizedReplay(*shape, alpha=config.priority, **kinds) if config.priority else Replay(*shape, **kinds)
@@ -313,9 +320,11 @@ def evaluate(
     """Mean return over episodes of their own, with a 95 % interval: of the best actions, and with a share epsilon of random ones as `stochastic_return`;
     `agent.mp4` under `media` is of the best. `epsilon`: None is that of the end of training; Mnih et al. take 0.05."""
     share, rng = config.epsilon if epsilon is None else epsilon, torch.Generator().manual_seed(seed)
+    if not 0 <= share <= 1:
+        raise UsageError(f"epsilon must be between 0 and 1, got {share}")
 
     def exploring(obs: Tensor) -> Tensor:
         random, act = torch.rand(len(obs), generator=rng) < share, torch.randint(model.act_dim, (len(obs),), generator=rng)
         return torch.where(random, act, model.act(obs))
 
-    return evaluation.evaluate(model.act, config.env, stochastic=exploring, media=media, episodes=episodes, seed=seed)
+    return evaluation.evaluate(model.act, config.env, stochastic=exploring, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)

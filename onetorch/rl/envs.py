@@ -27,10 +27,12 @@ import importlib.util
 import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import gymnasium
@@ -176,12 +178,14 @@ class EpisodesThere:
 
 
 class ActionMap:
-    """From a policy's actions to an environment's own, (N, …) in its dtype: finite Box bounds are mapped from [-1, 1], and nothing lies beyond them."""
+    """From a policy's actions to an environment's own, (N, …) in its dtype: finite Box bounds are mapped from [-1, 1], and nothing lies beyond them; whole
+    numbers are the nearest. Bounds so far apart that the dtype cannot hold the distance count as none."""
 
     def __init__(self, space: gymnasium.Space) -> None:
         self.space = space
         if isinstance(space, gymnasium.spaces.Box):
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
+            with np.errstate(over="ignore"):
+                bounded = np.isfinite(space.low) & np.isfinite(space.high) & np.isfinite(space.high - space.low)
             low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
             self.middle, self.half = (low + high) / 2, (high - low) / 2
             self.same = bool((self.middle == 0).all() and (self.half == 1).all())
@@ -191,6 +195,7 @@ class ActionMap:
         if isinstance(space, gymnasium.spaces.Box):
             given = act.detach().numpy().reshape(-1, *space.shape)
             scaled = given if self.same else self.middle + given * self.half
+            scaled = np.rint(scaled) if space.dtype.kind in "iu" else scaled
             return np.minimum(np.maximum(scaled, space.low), space.high).astype(space.dtype, copy=False)
         start = getattr(space, "start", 0)  # MultiBinary has none
         return (act.numpy().reshape(-1, *space.shape) + start).astype(space.dtype)
@@ -493,8 +498,11 @@ def speed(env: str, num_envs: int, backend: str, seconds: float = 0.5) -> float:
     """Environment steps per second of nothing but the environments, under actions drawn beforehand: the ceiling of any training on them."""
     envs = make(env, num_envs, 0, backend)
     generator = torch.Generator().manual_seed(0)
-    A, shape = envs.spaces.act_dim, (64, num_envs)
-    draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
+    A, multi, shape = envs.spaces.act_dim, envs.spaces.multi, (64, num_envs)
+    if multi:
+        draws = torch.stack([torch.randint(choices, shape, generator=generator) for choices in multi], -1)
+    else:
+        draws = torch.randint(A, shape, generator=generator) if envs.spaces.discrete else torch.rand(*shape, A, generator=generator) * 2 - 1
     steps, begin = 0, time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds or not steps:
         for act in draws:
@@ -510,7 +518,8 @@ def spaces(env: str, *, frame_stack: int = 1, multi: bool = False, images: bool 
 
     found = classic.TASKS[env].spaces if env in classic.TASKS else pool.spaces(env) if env.startswith(pool.PREFIX) else _inspect(env)[1]
     if found.multi and not multi:
-        raise UsageError(f"{env} has actions that are {len(found.multi)} choices at once, of {found.multi}; this algorithm takes Box and Discrete")
+        several = f"{env} has actions that are {len(found.multi)} choices at once, of {found.multi}"
+        raise UsageError(f"{several}; this algorithm takes one, `ppo`, `trpo` and `vpg` several")
     if found.image and not images:
         raise UsageError(f"{env} has pictures (C, H, W) = {found.image} for observations; this algorithm takes vectors")
     return stack_spaces(found, frame_stack)
@@ -527,6 +536,21 @@ def make_one(env: str, **options: Any) -> gymnasium.Env:
         raise UsageError(_missing(env, error)) from None
     except gymnasium.error.Error as error:
         raise UsageError(f"{env} cannot be made: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the environment's own
+        raise _traced(UsageError(f"{env} cannot be made: {_shortly(error)}"), error) from None
+
+
+def _shortly(error: Exception) -> str:
+    what = " ".join(str(error).split())
+    return what if isinstance(error, ImportError) else f"{type(error).__name__}: {what}"
+
+
+def _traced(told: UsageError, error: Exception) -> UsageError:
+    """`told`, with the traceback of what was raised in code that is not ours as its notes."""
+    if not isinstance(error, ImportError):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            told.add_note(line)
+    return told
 
 
 def _missing(env: str, error: Exception, backend: str | None = None) -> str:
@@ -547,8 +571,12 @@ def _spec(env: str) -> gymnasium.envs.registration.EnvSpec:
     if colon:
         try:
             importlib.import_module(module)  # which registers it
-        except ImportError as error:
-            raise UsageError(f"{env}: the module {module!r} cannot be imported ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # the user's own code, which may do anything
+            # Not looked for here by itself: a config, which may be a stranger's, names it.
+            first = module.partition(".")[0]
+            here = isinstance(error, ModuleNotFoundError) and error.name == first and Path(f"{first}.py").is_file()
+            hint = "; to take the one in this folder, put PYTHONPATH=. before the command" if here else ""
+            raise _traced(UsageError(f"{env}: the module {module!r} cannot be imported ({_shortly(error)}){hint}"), error) from None
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
@@ -578,6 +606,8 @@ def _inspect(env: str) -> tuple[gymnasium.envs.registration.EnvSpec, Spaces, Any
             raise UsageError(f"{env} has the {error}") from None
     assert spec is not None
     act_dim, multi = action_size(env, act)
+    if not act_dim or not math.prod(observation.shape):
+        raise UsageError(f"{env} has the {'observation' if act_dim else 'action'} space {one.observation_space if act_dim else act}, which holds no number")
     obs_dim = observation.shape[0] if observation.vectors else 0
     found = Spaces(obs_dim, act_dim, not isinstance(act, gymnasium.spaces.Box), multi, observation.image)
     return spec, found, act, observation

@@ -44,6 +44,8 @@ def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int =
     """
     if episodes < 1:
         raise UsageError(f"episodes must be at least 1, got {episodes}")
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, got {seed}")
     envs = environments.make(env, episodes, seed, frame_stack=frame_stack)
     total, length, running = np.zeros(episodes), np.zeros(episodes, np.int64), np.ones(episodes, bool)
     for _ in range(max_steps):

@@ -73,6 +73,8 @@ class Config:
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
         for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -82,6 +84,8 @@ class Config:
         for name in ("gamma", "tau"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(f"target_entropy must be finite, got {self.target_entropy}")
         if self.random_steps < 0:
             raise ValueError(f"random_steps must be at least 0, got {self.random_steps}")
         if self.replay < self.num_envs:
@@ -290,7 +294,7 @@ def train(config: Config, run: Run) -> Agent:
         measure, key=key, asked={"backend": environments.asked(config.env)},
         device=devices(), backend=environments.beside_updates(config.env), dtype=stacks.dtypes(), threads=thread_counts(),
     )  # fmt: skip
-    N = config.num_envs
+    N, rate = config.num_envs, config.num_envs * config.updates_per_step  # gradient steps for each step of all environments
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
@@ -299,7 +303,7 @@ def train(config: Config, run: Run) -> Agent:
         step = state.iteration * N
         end = explore(config, state, step <= config.random_steps, run)
         if state.replay.count >= config.update_after and state.iteration % config.update_every == 0:
-            for _ in range(round(config.update_every * N * config.updates_per_step)):
+            for _ in range(round(rate * state.iteration) - round(rate * (state.iteration - config.update_every))):  # fractions of steps add up
                 seen = learn(state.replay.sample(config.batch_size, state.rng))
         run.phase("update")
         end()

@@ -69,6 +69,8 @@ class Config:
     log_every: int = 500  # environment steps, divided by N, between rows of metrics
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
         for name in ("total_steps", "num_envs", "update_after", "update_every", "replay", "batch_size", "frame_stack", "log_every", "policy_delay"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -101,6 +103,10 @@ class Agent(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """pi(s) for obs (B, …): (B, A) in [-1, 1]."""
         return self.pi(self.encoder(obs)).tanh()
+
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions at obs (N, …): pi(s), and `noise` (N, A) added where it is given, (N, A) in [-1, 1]."""
+        return self(obs) if noise is None else (self(obs) + noise).clamp(-1, 1)
 
     def follow(self, other: "Agent", tau: float) -> None:
         """Weights go towards those of `other` by the fraction tau."""
@@ -231,7 +237,7 @@ def train(config: Config, run: Run) -> Agent:
         measure, key=key, asked={"backend": environments.asked(config.env)},
         device=devices(), backend=environments.beside_updates(config.env), dtype=stacks.dtypes(), threads=thread_counts(),
     )  # fmt: skip
-    N = config.num_envs
+    N, rate = config.num_envs, config.num_envs * config.updates_per_step  # gradient steps for each step of all environments
     total = math.ceil(config.total_steps / N)
 
     state = run.restore(begin(config, plan["backend"], plan["dtype"], run, plan["device"]))
@@ -240,7 +246,7 @@ def train(config: Config, run: Run) -> Agent:
         step = state.iteration * N
         end = explore(config, state, step <= config.random_steps, run)
         if state.replay.count >= config.update_after and state.iteration % config.update_every == 0:
-            for _ in range(round(config.update_every * N * config.updates_per_step)):
+            for _ in range(round(rate * state.iteration) - round(rate * (state.iteration - config.update_every))):  # fractions of steps add up
                 seen = learn(state.replay.sample(config.batch_size, state.rng), turn(config, state))
         run.phase("update")
         end()

@@ -57,7 +57,11 @@ class Config:
     log_std: float = -0.5  # logarithm of the standard deviation of Box actions at the start
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "frame_stack", "value_epochs", "value_minibatches"):
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, for one advantage has no spread, got {self.batch_size}")
+        for name in ("total_steps", "frame_stack", "value_epochs", "value_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "value_lr"):
@@ -72,6 +76,8 @@ class Config:
             raise ValueError(f"num_envs must divide batch_size = {self.batch_size}, or be 0, got {self.num_envs}")
         if self.value_minibatches > self.batch_size:
             raise ValueError(f"value_minibatches must be at most batch_size = {self.batch_size}, got {self.value_minibatches}")
+        if not math.isfinite(self.log_std):
+            raise ValueError(f"log_std must be finite, got {self.log_std}")
         if not all(width > 0 for width in self.hidden):
             raise ValueError(f"hidden must be widths above 0, got {self.hidden}")
 

@@ -128,7 +128,7 @@ class WarpEnvs:
         return self._look()
 
     def step(self, act: Tensor) -> Step:
-        given = torch.clamp(self.middle + act.reshape(self.num_envs, -1) * self.half, self.low, self.high)
+        given = torch.clamp(self.middle + act.detach().reshape(self.num_envs, -1) * self.half, self.low, self.high)
         self.fields["ctrl"].copy_(given)
         self._launch(self.advancing)
         next_obs, place = self._look()

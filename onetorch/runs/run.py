@@ -675,7 +675,7 @@ class Run:
 
     def _forget(self) -> None:
         """Take back what `_begin` made: a run that was refused before its first iteration leaves no folder that would be in the way of the next attempt."""
-        for name in ("config.json", "run.json", "metrics.jsonl", "source.py", "git.diff", "run.lock"):
+        for name in ("config.json", "run.json", "metrics.jsonl", "source.py", "git.diff", "run.lock", INITIAL):
             (self.folder / name).unlink(missing_ok=True)
         for path in self._made:
             with contextlib.suppress(OSError):  # the algorithm left something in it

@@ -89,6 +89,28 @@ class TextAction(Task):
     action_space = gymnasium.spaces.Text(16)
 
 
+class NothingSeen(Task):
+    observation_space = gymnasium.spaces.Dict({"empty": gymnasium.spaces.Box(-1, 1, (0,), np.float32)})
+
+
+class NothingDone(Task):
+    action_space = gymnasium.spaces.Box(-1, 1, (0, 2), np.float32)
+
+
+class Unmade(Task):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class NotFilmed(Task):
+    """Says that it can be drawn, but does not take what asks for it."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as Gymnasium has it)
+
+    def __init__(self) -> None:
+        pass
+
+
 class Slow(Task):
     def step(self, action: Any) -> Any:
         time.sleep(0.15)
@@ -367,5 +389,6 @@ if "Trap-v0" not in gymnasium.registry:  # pytest imports this file a second tim
         gymnasium.register(f"Faulty-{fault}-v0", entry_point="rl_tasks:Faulty", kwargs={"kind": fault})
     faulty = (NaNObservation, InfiniteReward, Chance, OldReset, OldStep, RewardList, NoFlag)
     seen = (TextObservation, TextAction, Everything, WrongPart, Switches, Picture, PictureAndNumber, Point, PointAndNumber)
-    for kind in (*faulty, *seen, Slow, Late, LateBox, Starter, Chain, Tell, Payday, Target):
+    gymnasium.register("NotFilmed-v0", entry_point="rl_tasks:NotFilmed", max_episode_steps=LIMIT)
+    for kind in (*faulty, *seen, NothingSeen, NothingDone, Unmade, Slow, Late, LateBox, Starter, Chain, Tell, Payday, Target):
         gymnasium.register(f"{kind.__name__}-v0", entry_point=f"rl_tasks:{kind.__name__}")

@@ -283,9 +283,31 @@ class Picture(gymnasium.Env):
         return self.look(), reward, bool(self.np_random.random() < 0.1), False, {}
 
 
+class Echo(gymnasium.Env):
+    """A picture is dark or bright at random, and the action is to say what the one before it was; the first counts for its own. Five steps."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count, self.bright = 0, int(self.np_random.integers(2))
+        self.before = self.bright
+        return self.look(), {}
+
+    def look(self) -> Any:
+        return np.full((8, 8), 250 * self.bright, np.uint8)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.before)
+        self.count, self.before, self.bright = self.count + 1, self.bright, int(self.np_random.integers(2))
+        return self.look(), reward, self.count == 5, False, {}
+
+
 if "Corridor-v0" not in gymnasium.registry:
     gymnasium.register("Corridor-v0", entry_point=Corridor)
     gymnasium.register("Pixels-v0", entry_point=Picture, max_episode_steps=20)
+    gymnasium.register("Echo-v0", entry_point=Echo)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +334,15 @@ def test_learns_from_pictures(tmp_path: Path) -> None:
     seen = [(env.look(), env.side) for _ in range(50)]
     best = model(torch.stack([torch.from_numpy(picture).unsqueeze(0) for picture, _ in seen])).argmax(1)
     assert best.tolist() == [side for _, side in seen]
+
+
+def test_stacked_frames_show_what_was(tmp_path: Path) -> None:
+    """Who sees one picture is right half the time; two are enough for all of it, in training, in the memory and in evaluation."""
+    config = dataclasses.replace(SMALL, env="Echo-v0", frame_stack=2, total_steps=768, epsilon=1.0, gamma=0.0, updates=16, replay=512)
+    model, _ = train(tmp_path / "run", config)
+    assert model.image == (2, 8, 8)
+    assert dqn.example(config).shape == (8, 2, 8, 8)
+    assert dqn.evaluate(model, config, episodes=20)["return_min"] == 5.0
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -422,8 +453,8 @@ def test_box_actions_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_envs", 7), ("num_envs", 0), ("replay", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("target_every", 0)]
-    + [("adam_eps", 0.0), ("huber", 0.0), ("max_grad_norm", 0.0)]
+    [("num_envs", 7), ("num_envs", 0), ("replay", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("frame_stack", 0)]
+    + [("target_every", 0), ("adam_eps", 0.0), ("huber", 0.0), ("max_grad_norm", 0.0)]
     + [("lr", 0.0), ("gamma", 1.5), ("tau", 0.0), ("epsilon", -0.1), ("epsilon_fraction", 2.0), ("priority", -1.0), ("beta", math.nan), ("hidden", (0,))],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:
@@ -439,3 +470,5 @@ def test_episodes_are_evaluated_without_training_state() -> None:
     assert 10 < float(results[0]["stochastic_return"]) < 40  # random actions
     greedy = dqn.evaluate(model, SMALL, episodes=30, epsilon=0.0)
     assert greedy["stochastic_return"] == greedy["return"] == results[0]["return"]
+    with pytest.raises(UsageError, match="epsilon must be between 0 and 1, got 7"):
+        dqn.evaluate(model, SMALL, epsilon=7.0)

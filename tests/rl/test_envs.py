@@ -92,6 +92,21 @@ def test_actions_are_mapped_onto_the_bounds() -> None:
     assert ActionMap(gymnasium.spaces.Box(-2, 2, (2, 2)))(torch.zeros(5, 4)).shape == (5, 2, 2)
 
 
+def test_whole_actions_are_the_nearest() -> None:
+    """-2 … 3 on [-1, 1] lie 0.4 apart; who cuts the fractions off does 0 on a third of them, and neither end of what is open."""
+    whole = ActionMap(gymnasium.spaces.Box(-2, 3, (1,), np.int64))
+    assert whole(torch.tensor([[-0.99], [-0.7], [-0.25], [-0.15], [0.3], [0.7], [0.99], [7.0]])).flatten().tolist() == [-2, -1, -0, 0, 1, 2, 3, 3]
+    assert whole(torch.tensor([[0.0]])).dtype == np.int64
+    switch = ActionMap(gymnasium.spaces.Box(-1, 1, (1,), np.int8))
+    assert switch(torch.tensor([[-0.9], [-0.6], [0.4], [0.6]])).flatten().tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_as_far_apart_as_floats_reach_are_none() -> None:
+    far = float(np.finfo(np.float32).max)
+    assert ActionMap(gymnasium.spaces.Box(-far, far, (2,), np.float32))(torch.tensor([[0.0, 0.5]])).tolist() == [[0.0, 0.5]]
+
+
 @pytest.mark.parametrize("backend", ["sync", "processes"])
 def test_environment_that_is_not_deterministic_cannot_be_resumed(backend: str) -> None:
     batch = envs.make("Chance-v0", 8, 0, backend)
@@ -256,7 +271,8 @@ def test_stacks_begin_anew_with_each_episode() -> None:
 
 
 def test_algorithms_are_not_given_what_they_do_not_ask_for() -> None:
-    with pytest.raises(UsageError, match=r"Everything-v0 has actions that are \d choices at once, of \(.*\); this algorithm takes Box and Discrete$"):
+    told = r"Everything-v0 has actions that are \d choices at once, of \(.*\); this algorithm takes one, `ppo`, `trpo` and `vpg` several$"
+    with pytest.raises(UsageError, match=told):
         envs.spaces("Everything-v0")
     with pytest.raises(UsageError, match=r"Film-v0 has pictures \(C, H, W\) = \(1, 16, 24\) for observations; this algorithm takes vectors$"):
         envs.spaces("Film-v0")
@@ -314,6 +330,9 @@ def test_atari_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Banana-v3", r"unknown environment 'Banana-v3' \([^;]*\)$"),
         ("TextObservation-v0", r"observation space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these$"),
         ("TextAction-v0", r"action space Text\(.*\); supported: Box, Discrete, MultiDiscrete, MultiBinary$"),
+        ("NothingSeen-v0", r"observation space Dict\(.*\), which holds no number$"),
+        ("NothingDone-v0", r"action space Box\(.*\), which holds no number$"),
+        ("Unmade-v0", r"Unmade-v0 cannot be made: TypeError: .*missing 1 required positional argument: 'size'"),
         ("MissingPackage-v0", r"needs a package that is not installed .*pip install 'onetorch\[rl\]'"),
     ],
 )
@@ -338,6 +357,30 @@ def test_module_that_registers_its_environment(tmp_path: Path, monkeypatch: pyte
     batch.close()
     with pytest.raises(UsageError, match="the module 'no_such_module' cannot be imported"):
         envs.make("no_such_module:Mine-v0", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("raise RuntimeError('no\\ndisk')", "RuntimeError: no disk"), ("def (", r"SyntaxError: invalid syntax \(.*\.py, line 1\)")]
+)
+def test_a_module_that_fails_is_named_and_where(text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fails_itself.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=rf"^fails_itself:Mine-v0: the module 'fails_itself' cannot be imported \({told}\)") as caught:
+        envs.make("fails_itself:Mine-v0", 1, 0)
+    assert any("fails_itself.py" in line for line in caught.value.__notes__)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lies_here.py").touch()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    with pytest.raises(UsageError, match=r"'lies_here' cannot be imported \(.*\); to take the one in this folder, put PYTHONPATH=\. before the command$"):
+        envs.make("lies_here:Mine-v0", 1, 0)
+    with pytest.raises(UsageError, match="the module '' cannot be imported"):
+        envs.make(":CartPole-v1", 1, 0)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Everything-v0", "Switches-v0"])
+def test_the_ceiling_of_every_kind_of_action(env: str) -> None:
+    """Everything-v0 and Switches-v0 look whether they were given actions of theirs."""
+    assert envs.speed(env, 2, "sync", seconds=0.0) > 0
 
 
 def test_wrong_arguments() -> None:

@@ -64,6 +64,9 @@ def test_what_hinders_a_video_is_said_and_the_result_kept(tmp_path: Path, monkey
     assert result["return"] == rl_tasks.LIMIT
     assert str(result["video"]).startswith("no video: Trap-v0 ")
     assert capsys.readouterr().err == f"{result['video']}\n"
+    result = evaluation.evaluate(still, "NotFilmed-v0", media=tmp_path, episodes=2, seed=0)
+    assert str(result["video"]).startswith("no video: NotFilmed-v0 cannot be made: TypeError: ")
+    assert capsys.readouterr().err == f"{result['video']}\n"
     monkeypatch.setitem(sys.modules, "av", None)
     result = evaluation.evaluate(still, "Trap-v0", media=tmp_path, episodes=2, seed=0)
     assert result["video"] == "no video: it needs the package av: pip install 'onetorch[media]'"
@@ -111,3 +114,5 @@ def test_a_policy_sees_in_the_video_what_it_sees_in_evaluation(tmp_path: Path) -
 def test_no_episodes() -> None:
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluation.returns(still, "CartPole-v1", episodes=0, seed=0)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        evaluation.returns(still, "CartPole-v1", episodes=1, seed=-1)

@@ -13,7 +13,7 @@ import torch
 from offpolicy_runs import small, timeless, train, which
 from safetensors.torch import load_file
 
-from onetorch.rl import ddpg, dqn, sac, stacks, td3
+from onetorch.rl import ddpg, dqn, envs, ppo, sac, stacks, td3, trpo, vpg
 from onetorch.runs.errors import NonFinite
 from onetorch.runs.run import Run
 
@@ -193,6 +193,31 @@ def test_updates_keep_pace_with_the_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in timeless(tmp_path / "run")] == [80, 160, 240, 320, 400]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn])
+def test_config_names_a_seed_that_no_generator_takes(algorithm: ModuleType, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be at least 0 and below 2\\^64, got {seed}"):
+        algorithm.Config(seed=seed)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("rate", "count"), [(0.3, 45), (1.5, 225)])
+def test_fractions_of_updates_add_up(algorithm: ModuleType, rate: float, count: int, tmp_path: Path) -> None:
+    """200 steps of one environment, updates from step 51 on: 150 rounds of a fraction each, none of which is a whole step by itself."""
+    steps = 0
+
+    class Counting(Run):
+        def finite(self, **values: float) -> None:
+            nonlocal steps
+            steps += "q_loss" in values
+            super().finite(**values)
+
+    config = small(algorithm.Config, num_envs=1, total_steps=200, update_after=50, update_every=1, updates_per_step=rate)
+    with Counting(tmp_path / "run", config, quiet=True, fixed={"threads": "1", "dtype": "float32", "backend": "native"}) as run:
+        algorithm.train(config, run)
+    assert steps == count
+
+
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn])
 def test_environments_step_while_the_weights_are_updated(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In worker processes: an environment whose step ends only after the update that goes with it has begun."""
@@ -224,6 +249,22 @@ def test_episodes_are_evaluated_without_training_state() -> None:
         results = [algorithm.evaluate(model, config, episodes=3) for _ in range(2)]
         assert results[0] == results[1]
         assert results[0]["episode_length"] == 200
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, dqn, ppo, trpo, vpg])
+@pytest.mark.parametrize("backend", ["native", "sync"])
+def test_a_model_acts_as_the_page_for_spinning_ups_users_says(algorithm: ModuleType, backend: str) -> None:
+    """`env.step(model.act(env.obs, None))`, whatever the algorithm, and outside of torch.no_grad."""
+    config = algorithm.Config(env="CartPole-v1" if algorithm is dqn else "Pendulum-v1", hidden=(8,))
+    model, env = algorithm.build(config), envs.make(config.env, 3, 0, backend)
+    act = model.act(env.obs, None)
+    assert torch.equal(act, model.act(env.obs, None))
+    next_obs, reward, _, _ = env.step(act)
+    assert (next_obs.shape, reward.shape) == ((3, env.spaces.obs_dim), (3,))
+    assert not next_obs.requires_grad
+    if algorithm in (td3, ddpg):
+        noise = torch.tensor([[0.1], [-9.0], [9.0]])
+        assert torch.allclose(model.act(env.obs, noise), torch.stack([model(env.obs)[0] + 0.1, torch.tensor([-1.0]), torch.tensor([1.0])]))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

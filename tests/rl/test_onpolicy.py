@@ -250,6 +250,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
 
 
 @each
+@pytest.mark.parametrize(("field", "value"), [("seed", -1), ("seed", 2**64), ("batch_size", 1), ("log_std", math.inf)])
+def test_config_names_what_can_only_fail(algorithm: Any, field: str, value: float) -> None:
+    fields = {"num_envs": 1, "minibatches" if algorithm is ppo else "value_minibatches": 1, field: value}
+    with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
+        algorithm.Config(**fields)
+
+
+@each
 def test_nan_from_an_environment_is_named(tmp_path: Path, algorithm: Any) -> None:
     with pytest.raises(RunError, match=r"NaNObservation-v0 number 0 gave the observation .* at step 3"):
         train(algorithm, tmp_path / "run", dataclasses.replace(SMALL[algorithm], env="NaNObservation-v0"), fixed={"backend": "sync", "num_envs": "8"})

@@ -186,7 +186,7 @@ def test_finds_the_best_of_box_actions_and_the_entropy_aimed_at(tmp_path: Any) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [("total_steps", 0), ("num_envs", 0), ("batch_size", 0), ("lr", 0.0), ("q_lr", math.inf), ("alpha", -1.0), ("gamma", 1.5), ("tau", -0.1)]
-    + [("random_steps", -1), ("replay", 0), ("hidden", (0,)), ("updates_per_step", 0.0), ("log_every", 0)],
+    + [("random_steps", -1), ("replay", 0), ("hidden", (0,)), ("updates_per_step", 0.0), ("log_every", 0), ("target_entropy", math.inf)],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):

@@ -58,6 +58,7 @@ def test_weights_that_do_not_fit_are_refused(model: Path, onetorch) -> None:
     code, _, err = onetorch("train", Path(__file__).with_name("tiny.py"), "--from", model, "--dir", "a")
     assert code == 2
     assert "decode.bias is (16,) float32, the model's is (8,) float32" in err
+    assert not Path("a").exists()  # the copy of the weights is taken back too
 
 
 def test_weights_of_files_and_runs(run: Path, model: Path, tmp_path: Path) -> None:
