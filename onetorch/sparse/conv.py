@@ -197,7 +197,7 @@ def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int, backward: bo
 
 def _measure(dtype: torch.dtype, block: tuple[int, int], width: int, backward: bool) -> tuple[float, float]:
     grid = CHANNELS // block[0], CHANNELS // block[1]
-    with torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
         x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_(backward)
         dense = nn.Conv2d(CHANNELS, CHANNELS, width, padding=width // 2, dtype=dtype)
         runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(dense, dense.weight)]
