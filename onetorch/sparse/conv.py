@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _PLAIN, _call, _dds, _fill, _sdd
+from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
@@ -266,6 +266,7 @@ class _Conv(BlockSparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) or without N -> (N, out_channels, *size'). ValueError where x does not fit."""
+        _check_operand("x", x, self.weight)
         if x.ndim == self.dims + 1:
             return self.forward(x[None])[0]
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -471,7 +472,8 @@ class EdgeBias(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(N, channels, *size) -> the same. ValueError where the sizes are not those of the convolution's output."""
-        if y.shape[2:] != self.size or y.shape[1] != self.gain.shape[1]:
+        _check_operand("y", y, self.gain)
+        if y.shape[2:] != self.size or y.shape[1:2] != self.gain.shape[1:]:
             raise ValueError(f"y: expected (batch, {self.gain.shape[1]}, {', '.join(map(str, self.size))}), got {tuple(y.shape)}")
         inner = self.gain.new_ones(1, self.gain.shape[1])
         gain, bias = torch.cat([inner, self.gain])[self.edge], torch.cat([inner - 1, self.bias])[self.edge]  # (P, channels)

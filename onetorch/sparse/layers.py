@@ -199,6 +199,8 @@ class Linear(BlockSparse):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim == 1:
             return self.forward(x[None])[0]
         return self._probed(dds(x, self.gated_weight(), self.layout, transpose_sparse=True, bias=self.bias), x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onetorch.sparse.attention import KeyValueCache, attention, decode
 from onetorch.sparse.layout import Layout
+from onetorch.sparse.products import _check_operand, _check_restriction
 
 
 class MultiheadAttention(nn.Module):
@@ -78,13 +79,17 @@ class MultiheadAttention(nn.Module):
         With a `cache` (`new_cache`), x are the T tokens after those that the cache holds; their keys and values are added to it, and `key_padding` covers
         all tokens so far. ValueError where x does not fit or reaches over the end of the layout.
         """
-        if x.ndim != 3 or x.shape[2] != self.features:
-            raise ValueError(f"x: expected (batch, tokens, {self.features}), got {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.features:
+            raise ValueError(f"x: expected (batch, tokens, {self.features}), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+        _check_operand("x", x, self.qkv.weight)
+        if cache is not None and not isinstance(cache, KeyValueCache):
+            raise ValueError(f"cache: expected a KeyValueCache, got {type(cache).__name__}")
         B, T, _ = x.shape
         start = 0 if cache is None else cache.length
         S = self.layout.shape[0]
         if not 1 <= T <= S - start:
             raise ValueError(f"x: expected 1..{S - start} tokens, as many as the layout has left, got {T}")
+        _check_restriction("key_padding", key_padding, (B, start + T), (torch.bool,), x.device)
         depth = self.features // self.heads
         sizes = [self.heads, self.key_heads, self.key_heads]
         q, k, v = self.qkv(x).view(B, T, sum(sizes), depth).transpose(1, 2).split(sizes, 1)

@@ -385,10 +385,21 @@ def _check_tensor(name: str, tensor: Tensor, layout: Layout, least: int) -> None
         raise ValueError(f"{name}: expected at least {least} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def _check_values(values: Tensor, layout: Layout) -> None:
-    _check_tensor("values", values, layout, 3)
+def _check_operand(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """For layers: what meets the weight must be of its dtype, which autocast sees to itself, and on its device."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.device != weight.device:
+        raise ValueError(f"{name}: expected a strided tensor on {weight.device}, where the weight is, got {tensor.layout} on {tensor.device}")
+    casts = weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type)
+    if tensor.dtype != weight.dtype and not (casts and tensor.dtype in DTYPES):
+        raise ValueError(f"{name}: expected {weight.dtype} as the weight has, got {tensor.dtype}")
+
+
+def _check_values(values: Tensor, layout: Layout, name: str = "values") -> None:
+    _check_tensor(name, values, layout, 3)
     if tuple(values.shape[-3:]) != layout.values_shape:
-        raise ValueError(f"values: expected (..., {', '.join(map(str, layout.values_shape))}) for {layout!r}, got {tuple(values.shape)}")
+        raise ValueError(f"{name}: expected (..., {', '.join(map(str, layout.values_shape))}) for {layout!r}, got {tuple(values.shape)}")
 
 
 def _check_layout(layout: Layout) -> None:
@@ -408,6 +419,21 @@ def _check_dense(name: str, dense: Tensor, layout: Layout, size: int, dim: int) 
 def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype:
         raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, got {tensor.dtype}")
+
+
+def _check_restriction(name: str, tensor: Tensor | None, shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if tensor is None:
+        return
+    expected = f"{name}: expected {shape} {str(kinds[0]).removeprefix('torch.')} on {device}"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{expected}, got {type(tensor).__name__}")
+    if tensor.shape != shape or tensor.dtype not in kinds or tensor.device != device or tensor.layout != torch.strided:
+        raise ValueError(f"{expected}, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _canonical(x: Tensor, layout: Layout) -> Tensor:
