@@ -456,6 +456,11 @@ class KeyValueCache:
     """Room for the keys and values of up to `tokens` tokens: k (B, Hk, tokens, D) and v, of which the first `length` are there."""
 
     def __init__(self, batch: int, heads: int, tokens: int, depth: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        for name, size in (("batch", batch), ("heads", heads), ("tokens", tokens), ("depth", depth)):
+            if type(size) is not int or size < 0:
+                raise ValueError(f"{name}: expected an int, at least 0, got {size!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}")
         self.k = torch.zeros(batch, heads, tokens, depth, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.length = 0

@@ -60,10 +60,10 @@ def _looked_on() -> bool:
 
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
-    sizes = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(sizes) != dims or not all(type(n) is int and n >= least for n in sizes):
+    sizes = (value,) * dims if isinstance(value, int) else value
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != dims or not all(type(n) is int and n >= least for n in sizes):
         raise ValueError(f"{name}: expected an int or {dims} ints, each at least {least}, got {value!r}")
-    return sizes
+    return tuple(sizes)
 
 
 def _ends(padding: Size | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -256,7 +256,7 @@ class _Conv(BlockSparse):
         self.padding = _ends(padding, self.kernel_size, self.stride, self.dilation)
         self.taps = math.prod(self.kernel_size)
         self._create(layout, self.kernel_size, gate, device, dtype)
-        self.bias = nn.Parameter(torch.empty(out_channels, device=self.layout.device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(self.weight.new_empty(out_channels)) if bias else None
         self.reset_parameters()
 
     def _take(self, layout: Layout) -> None:
@@ -374,6 +374,8 @@ class _Conv(BlockSparse):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """U(-s, s) with s = 1 / sqrt(inputs of that output, all taps counted), for weights and bias: torch's own, scaled to the sparsity."""
+        if self.weight.is_meta:
+            return
         layout, br = self.layout, self.layout.block[0]
         inputs = (layout.mask * self.block_sizes()[0] / min(br, self.out_channels)).sum(1)  # (R,), with all taps
         bound = inputs.clamp_min(1).rsqrt()
@@ -449,9 +451,12 @@ class EdgeBias(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dims = len(input_size)
-        if dims not in (1, 2, 3):
+        if not isinstance(input_size, (tuple, list)) or len(input_size) not in (1, 2, 3):
             raise ValueError(f"input_size: expected 1 to 3 sizes, got {input_size!r}")
+        dims = len(input_size)
+        input_size = _sizes("input_size", input_size, dims, 1)
+        if type(channels) is not int or channels < 1:
+            raise ValueError(f"channels: expected at least 1, got {channels!r}")
         kernel, stride, dilation = (_sizes(*pair, dims, 1) for pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))
         outside, size = torch.zeros(1, 1, dtype=torch.bool), []
         for n, k, s, d, (before, after) in zip(input_size, kernel, stride, dilation, _ends(padding, kernel, stride, dilation), strict=True):

@@ -151,6 +151,12 @@ def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> s
 
     sparse: density 0.250, the dense product is faster from 0.981; gradient of the weight sparse, dense from 0.942
     """
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError(f"tokens: expected a number of them, got {tokens!r}")
+    if dtype not in cpu.DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in cpu.DTYPES)}, got {dtype}")
     if layout.device.type != "cpu" or cpu.library() is None:
         return "pytorch: batched products of gathered blocks"
     if layout.heads is not None or not _whole(layout.shape, layout.block, layout.density, tokens):

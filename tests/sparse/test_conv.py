@@ -250,9 +250,9 @@ def test_another_dtype_than_the_weights(monkeypatch, faster):
     """The products read memory as the dtype of x: it must be the weight's."""
     monkeypatch.setattr(Conv2d, "_dense_is_faster", lambda *_: faster)
     layer = Conv2d(24, 16, 3, patterns.dense((16, 24), 8))
-    with pytest.raises(ValueError, match="x: expected torch.float32 as the weight has, got torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as the weight has, got torch\.float64"):
         layer(torch.zeros(1, 24, 5, 5).double())
-    with pytest.raises(ValueError, match="x: expected torch.float64 as the weight has, got torch.float32"):
+    with pytest.raises(ValueError, match=r"x: expected torch\.float64 as the weight has, got torch\.float32"):
         layer.double()(torch.zeros(1, 24, 5, 5))
 
 

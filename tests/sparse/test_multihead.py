@@ -117,6 +117,10 @@ def test_wrong_arguments():
         MultiheadAttention(16, 4, layout, key_heads=3)
     with pytest.raises(ValueError, match=r"dropout: expected a share in 0\.\.1, not 1, got 1"):
         MultiheadAttention(16, 4, layout, dropout=1)
+    with pytest.raises(ValueError, match=r"groups: expected \(16,\) int64 on cpu, got \(15,\) torch\.int64"):
+        MultiheadAttention(16, 4, layout, groups=torch.zeros(15).long())
+    with pytest.raises(ValueError, match=r"features: expected an int, at least 1, got 16\.0"):
+        MultiheadAttention(16.0, 4, layout)
     layer = MultiheadAttention(16, 4, layout, order=torch.arange(16))
     with pytest.raises(ValueError, match=r"x: expected \(batch, tokens, 16\), got \(2, 16\)"):
         layer(torch.zeros(2, 16))
@@ -128,7 +132,7 @@ def test_wrong_arguments():
     assert cache.length == 0
     with pytest.raises(ValueError, match="cache: expected a KeyValueCache, got int"):
         layer(torch.zeros(1, 3, 16), cache=1)
-    with pytest.raises(ValueError, match="x: expected torch.float32 as the weight has, got torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as the weight has, got torch\.float64"):
         layer(torch.zeros(1, 16, 16).double())
     with pytest.raises(ValueError, match="x: expected the layout's 16 tokens, since it has an order or a mask of its own, got 9"):
         layer(torch.zeros(1, 9, 16))
