@@ -238,6 +238,8 @@ def _check_tokens(layout: Layout, groups: Tensor | None, order: Tensor | None) -
         if tokens is not None and Sk != S:
             raise ValueError(f"{name}: expected as many queries as keys, got a layout of {S} by {Sk}")
         _check_restriction(name, tokens, (S,), (torch.int64, torch.int32), layout.device)
+    if order is not None and torch._C._functorch.is_batchedtensor(order):
+        raise ValueError("order: expected the same for every element of vmap")
     if order is not None and not torch.compiler.is_compiling() and not torch.equal(order.sort().values.long(), torch.arange(S, device=order.device)):
         raise ValueError(f"order: expected a permutation of 0..{S - 1}")
 
@@ -253,7 +255,7 @@ def _as_int32(groups: Tensor) -> Tensor:
             return groups.to(torch.int32)
     values, at = groups.sort()
     rank = torch.nn.functional.pad((values[1:] != values[:-1]).cumsum(0), (1, 0))
-    return torch.empty_like(rank).scatter_(0, at, rank).to(torch.int32)
+    return rank.index_select(0, at.argsort()).to(torch.int32)
 
 
 # The public function. --------------------------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def from_block_mask(block_mask: Any) -> tuple[Layout, Tensor]:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    if not isinstance(block_mask, BlockMask):
+    if not issubclass(type(block_mask), BlockMask):
         raise ValueError(f"block_mask: expected a BlockMask, got {type(block_mask).__name__}")
     blocks = block_mask.to_dense().bool()  # (B, H, R, C)
     if (blocks != blocks[:1]).any():

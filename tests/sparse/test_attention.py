@@ -440,6 +440,11 @@ def test_under_vmap(path):
     masks = torch.ones(3, *layout.values_shape, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask: expected the same for every element of vmap"):
         torch.func.vmap(lambda m: attention(q[0], k[0], v[0], layout, mask=m))(masks)
+    tokens = torch.arange(q.shape[3]).repeat(3, 1)
+    with pytest.raises(ValueError, match="groups: expected the same for every element of vmap"):
+        torch.func.vmap(lambda t: attention(q[0], k[0], v[0], layout, groups=t))(tokens)
+    with pytest.raises(ValueError, match="order: expected the same for every element of vmap"):
+        torch.func.vmap(lambda t: attention(q[0], k[0], v[0], layout, order=t))(tokens)
 
 
 @pytest.mark.parametrize(
