@@ -21,6 +21,8 @@ from onetorch.sparse.products import (
     _call,
     _cast,
     _check_layout,
+    _check_number,
+    _check_restriction,
     _dds,
     _grid,
     _inside,
@@ -227,6 +229,35 @@ _FUNCTIONS[_attention] = _as_function(_attention, _setup, _backward, _attention_
 _FUNCTIONS[_attention_backward] = _as_function(_attention_backward, lambda ctx, inputs, output: None, _no_second_derivative, _attention_backward_vmap)
 
 
+# What the public functions accept. -----------------------------------------------------------------------------------------------------------------
+
+
+def _check_tokens(layout: Layout, groups: Tensor | None, order: Tensor | None) -> None:
+    S, Sk = layout.shape
+    for name, tokens in (("groups", groups), ("order", order)):
+        if tokens is not None and Sk != S:
+            raise ValueError(f"{name}: expected as many queries as keys, got a layout of {S} by {Sk}")
+        _check_restriction(name, tokens, (S,), (torch.int64, torch.int32), layout.device)
+    if order is not None and torch._C._functorch.is_batchedtensor(order):
+        raise ValueError("order: expected the same for every element of vmap")
+    if order is not None and not torch.compiler.is_compiling() and not torch.equal(order.sort().values.long(), torch.arange(S, device=order.device)):
+        raise ValueError(f"order: expected a permutation of 0..{S - 1}")
+
+
+def _as_int32(groups: Tensor) -> Tensor:
+    """int32 numbers that are equal, less and greater where these are."""
+    if groups.dtype == torch.int32:
+        return groups
+    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    if groups.device.type == "cpu" and not watched:
+        low, high = groups.aminmax()
+        if low >= -(2**31) and high < 2**31:
+            return groups.to(torch.int32)
+    values, at = groups.sort()
+    rank = torch.nn.functional.pad((values[1:] != values[:-1]).cumsum(0), (1, 0))
+    return rank.index_select(0, at.argsort()).to(torch.int32)
+
+
 # The public function. --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +306,8 @@ def attention(
             )
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got {tensor.layout}")
         if tensor.device != layout.device:
             raise ValueError(f"{name}: expected it on {layout.device}, where the layout is, got {tensor.device}; layout.to(device) moves the layout")
     q, k, v = _cast(q, k, v)
@@ -282,6 +315,8 @@ def attention(
     Hk, Sk = k.shape[1:3]
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"k, v: expected {q.dtype} as q has, got {k.dtype} and {v.dtype}")
+    if D == 0:
+        raise ValueError(f"q: expected a depth of at least 1, got {tuple(q.shape)}")
     if k.shape[0] != B or k.shape[3] != D:
         raise ValueError(f"k: expected ({B}, heads, tokens, {D}) to fit q, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
@@ -292,19 +327,18 @@ def attention(
         raise ValueError(f"layout: expected ({S}, {Sk}), queries by keys, got {layout!r}")
     if layout.heads not in (None, H):
         raise ValueError(f"layout: expected one for all heads or {H}, got {layout!r}")
-    if key_padding is not None and (key_padding.shape != (B, Sk) or key_padding.dtype != torch.bool or key_padding.device != q.device):
-        raise ValueError(f"key_padding: expected ({B}, {Sk}) bool on {q.device}, got {tuple(key_padding.shape)} {key_padding.dtype} on {key_padding.device}")
-    if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool or mask.device != q.device):
-        raise ValueError(f"mask: expected {layout.values_shape} bool on {q.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
-    for name, tokens in (("groups", groups), ("order", order)):
-        if tokens is not None and (Sk != S or list(tokens.shape) != [S] or tokens.dtype not in (torch.int32, torch.int64) or tokens.device != q.device):
-            raise ValueError(
-                f"{name}: expected ({S},) int64 on {q.device} for as many queries as keys, got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
-            )
+    _check_restriction("key_padding", key_padding, (B, Sk), (torch.bool,), q.device)
+    _check_restriction("mask", mask, layout.values_shape, (torch.bool,), q.device)
+    _check_tokens(layout, groups, order)
+    if scale is not None:
+        _check_number("scale", scale)
+    _check_number("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a share in 0..1, not 1, got {dropout}")
     if isinstance(seed, Tensor) and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != q.device):
         raise ValueError(f"seed: expected an int or (1,) int64 on {q.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}")
+    if seed is not None and not isinstance(seed, Tensor) and not (type(seed) is int and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed: expected an int of 64 bits or (1,) int64 on {q.device}, got {seed!r}")
     if dropout == 0:
         seed = None
     elif seed is None:
@@ -315,16 +349,15 @@ def attention(
         k, v = (t.masked_fill(~key_padding[:, None, :, None], 0.0) for t in (k, v))
     position = None
     if order is not None:
-        if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, torch.arange(S, dtype=order.dtype, device=order.device)):
-            raise ValueError(f"order: expected a permutation of 0..{S - 1}")
+        order = order.long()
         q, k, v = (t.index_select(2, order) for t in (q, k, v))
         key_padding = None if key_padding is None else key_padding.index_select(1, order)
         groups = None if groups is None else groups.index_select(0, order)
         position = order.to(torch.int32)
-    groups = None if groups is None else groups.to(torch.int32)
+    groups = None if groups is None else _as_int32(groups)
     restrictions = (position, groups, None if key_padding is None else key_padding.contiguous(), None if mask is None else mask.contiguous())
     scale = 1 / math.sqrt(D) if scale is None else float(scale)
-    out, lse = _call(_attention, q, k, v, layout.index, *layout.block, layout.heads or 1, scale, causal, *restrictions, dropout, seed)
+    out, lse = _call(_attention, q, k, v, layout.index, *layout.block, layout.heads or 1, scale, bool(causal), *restrictions, float(dropout), seed)
     if order is not None:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(S, device=order.device))
         out, lse = out.index_select(2, back), lse.index_select(2, back)
@@ -357,10 +390,15 @@ def decode(
     for the number of blocks. Equal to `attention` but for rounding. Returns (B, H, n, Dv). ValueError names the argument that does not fit.
     """
     _check_layout(layout)
+    device = layout.device
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.dtype != q.dtype or tensor.device != layout.device:
-            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected (batch, heads, tokens, depth) of one dtype on {layout.device}, got {got}")
+        fits = isinstance(tensor, Tensor) and tensor.ndim == 4 and tensor.device == device and tensor.layout == torch.strided
+        if not fits or tensor.dtype not in DTYPES or (tensor.dtype != q.dtype and not casts):
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected (batch, heads, tokens, depth) of one floating dtype on {device}, got {got}")
+    if type(start) is not int:
+        raise ValueError(f"start: expected an int, got {type(start).__name__}")
     (B, H, n, D), (Hk, T), end, (S, Sk) = q.shape, k.shape[1:3], start + q.shape[2], layout.shape
     if k.shape[0] != B or k.shape[3] != D or v.shape[:3] != k.shape[:3] or Hk == 0 or H % Hk:
         raise ValueError(f"k, v: expected ({B}, a divisor of {H}, tokens, {D}) and as many values, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -368,14 +406,13 @@ def decode(
         raise ValueError(f"start: expected {n} tokens from {start} on within a cache of {T} and a layout of {(S, Sk)}")
     if layout.heads not in (None, H):
         raise ValueError(f"layout: expected one for all heads or {H}, got {layout!r}")
-    if key_padding is not None and (key_padding.shape != (B, T) or key_padding.dtype != torch.bool):
-        raise ValueError(f"key_padding: expected ({B}, {T}) bool, got {tuple(key_padding.shape)} {key_padding.dtype}")
-    if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected {layout.values_shape} bool, got {tuple(mask.shape)} {mask.dtype}")
-    for name, tokens in (("groups", groups), ("order", order)):
-        if tokens is not None and (Sk != S or list(tokens.shape) != [S]):
-            raise ValueError(f"{name}: expected ({S},) for as many queries as keys, got {tuple(tokens.shape)}")
-    device, (br, bc) = q.device, layout.block
+    _check_restriction("key_padding", key_padding, (B, T), (torch.bool,), device)
+    _check_restriction("mask", mask, layout.values_shape, (torch.bool,), device)
+    _check_tokens(layout, groups, order)
+    if scale is not None:
+        _check_number("scale", scale)
+    order = None if order is None else order.long()
+    br, bc = layout.block
     query = torch.arange(start, end, device=device)
     place = query if order is None else torch.empty_like(order).scatter_(0, order, torch.arange(S, device=device))[start:end]
     kept = layout.mask[..., place // br, :].view(layout.heads or 1, n, -1)  # (1 or H, n, C)
@@ -410,6 +447,7 @@ def decode(
         there = key_padding[:, key]  # (B, 1 or Hk, m bc)
         keys, values = (t.masked_fill(~there[..., None], 0.0) for t in (keys, values))
         allowed = allowed & there.repeat_interleave(share, 1)[:, :, None]
+    q, keys, values = _cast(q, keys, values)
     blind = ~allowed.any(3, keepdim=True)
     allowed = (allowed | blind).expand(B, H, n, -1)
     out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=scale, enable_gqa=Hk != H)
@@ -420,16 +458,32 @@ class KeyValueCache:
     """Room for the keys and values of up to `tokens` tokens: k (B, Hk, tokens, D) and v, of which the first `length` are there."""
 
     def __init__(self, batch: int, heads: int, tokens: int, depth: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        for name, size in (("batch", batch), ("heads", heads), ("tokens", tokens), ("depth", depth)):
+            if type(size) is not int or size < 0:
+                raise ValueError(f"{name}: expected an int, at least 0, got {size!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}")
         self.k = torch.zeros(batch, heads, tokens, depth, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.length = 0
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
-        """k and v (B, Hk, n, D) of the next n tokens. ValueError where they do not fit."""
+        """k and v (B, Hk, n, D) of the next n tokens, in the cache's dtype (under autocast in any, which becomes the cache's). ValueError where they do not
+        fit.
+        """
+        (B, H, tokens, D), device = self.k.shape, self.k.device
+        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
         for name, tensor in (("k", k), ("v", v)):
-            if tensor.shape[:2] != self.k.shape[:2] or tensor.shape[3] != self.k.shape[3] or self.length + tensor.shape[2] > self.k.shape[2]:
-                raise ValueError(f"{name}: expected up to {self.k.shape[2] - self.length} tokens for a cache {tuple(self.k.shape)}, got {tuple(tensor.shape)}")
+            if not isinstance(tensor, Tensor) or tensor.ndim != 4 or (*tensor.shape[:2], tensor.shape[3]) != (B, H, D):
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: expected ({B}, {H}, tokens, {D}) for a cache {tuple(self.k.shape)}, got {got}")
+            if self.length + tensor.shape[2] > tokens:
+                raise ValueError(f"{name}: expected up to {tokens - self.length} tokens for a cache {tuple(self.k.shape)}, got {tuple(tensor.shape)}")
+            if tensor.device != device or (tensor.dtype != self.k.dtype and not (casts and tensor.dtype in DTYPES)):
+                raise ValueError(f"{name}: expected {self.k.dtype} on {device} as the cache has, got {tensor.dtype} on {tensor.device}")
+        if k.shape != v.shape:
+            raise ValueError(f"v: expected {tuple(k.shape)} as k has, got {tuple(v.shape)}")
         end = self.length + k.shape[2]
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _accumulator, _check_layout, _check_values, _inside
+from onetorch.sparse.products import _accumulator, _check_layout, _check_number, _check_restriction, _check_values, _inside
 
 CHUNK = 1 << 24  # elements of gathered blocks that `sss` holds at a time
 
@@ -70,8 +70,8 @@ def softmax(values: Tensor, layout: Layout, *, scale: float = 1.0, mask: Tensor 
     """
     _check_layout(layout)
     _check_values(values, layout)
-    if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool or mask.device != values.device):
-        raise ValueError(f"mask: expected {layout.values_shape} bool on {values.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
+    _check_restriction("mask", mask, layout.values_shape, (torch.bool,), values.device)
+    _check_number("scale", scale)
     inside = _inside(layout.index, layout.heads or 1, layout.grid, layout.block, *layout.shape)
     allowed = mask if inside is None else inside if mask is None else mask & inside
     return _Softmax.apply(values, allowed, layout, float(scale))
@@ -88,8 +88,8 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
     for name, one in (("a_layout", a_layout), ("b_layout", b_layout)):
         if not isinstance(one, Layout):
             raise ValueError(f"{name}: expected a Layout, got {type(one).__name__}")
-    _check_values(a, a_layout)
-    _check_values(b, b_layout)
+    _check_values(a, a_layout, "a")
+    _check_values(b, b_layout, "b")
     if a.shape[:-3] != b.shape[:-3] or a.dtype != b.dtype:
         raise ValueError(f"b: expected leading dimensions {tuple(a.shape[:-3])} and {a.dtype} as a has, got {tuple(b.shape)} {b.dtype}")
     possible = a_layout @ b_layout
@@ -101,6 +101,12 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
     def clean(values: Tensor, of: Layout) -> Tensor:
         inside = _inside(of.index, H, of.grid, of.block, *of.shape)
         return values.to(kind) if inside is None else values.to(kind).masked_fill(~inside, 0.0)
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        if x.device.type == "meta":
+            return x @ y
+        with torch.autocast(x.device.type, enabled=False):  # sums are carried in `kind`
+            return x @ y
 
     offsets = b_layout.index[: H * K + 1].long()
     a_rows, a_columns, b_columns = a_layout.rows.long(), a_layout.columns.long(), b_layout.columns.long()
@@ -115,5 +121,5 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
     values = x.new_zeros(*a.shape[:-3], *layout.values_shape)
     step = max(1, CHUNK // (max(1, prod(a.shape[:-3])) * (br * bk + bk * bc + br * bc)))
     for i, j, t in zip(left.split(step), right.split(step), target.split(step), strict=True):
-        values = values.index_add(-3, t, x.index_select(-3, i) @ y.index_select(-3, j))
+        values = values.index_add(-3, t, product(x.index_select(-3, i), y.index_select(-3, j)))
     return values.to(a.dtype), layout

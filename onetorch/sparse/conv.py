@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _PLAIN, _call, _dds, _fill, _sdd
+from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
@@ -60,10 +60,10 @@ def _looked_on() -> bool:
 
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
-    sizes = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(sizes) != dims or not all(type(n) is int and n >= least for n in sizes):
+    sizes = (value,) * dims if isinstance(value, int) else value
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != dims or not all(type(n) is int and n >= least for n in sizes):
         raise ValueError(f"{name}: expected an int or {dims} ints, each at least {least}, got {value!r}")
-    return sizes
+    return tuple(sizes)
 
 
 def _ends(padding: Size | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -197,7 +197,7 @@ def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int, backward: bo
 
 def _measure(dtype: torch.dtype, block: tuple[int, int], width: int, backward: bool) -> tuple[float, float]:
     grid = CHANNELS // block[0], CHANNELS // block[1]
-    with torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
         x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_(backward)
         dense = nn.Conv2d(CHANNELS, CHANNELS, width, padding=width // 2, dtype=dtype)
         runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(dense, dense.weight)]
@@ -256,7 +256,7 @@ class _Conv(BlockSparse):
         self.padding = _ends(padding, self.kernel_size, self.stride, self.dilation)
         self.taps = math.prod(self.kernel_size)
         self._create(layout, self.kernel_size, gate, device, dtype)
-        self.bias = nn.Parameter(torch.empty(out_channels, device=self.layout.device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(self.weight.new_empty(out_channels)) if bias else None
         self.reset_parameters()
 
     def _take(self, layout: Layout) -> None:
@@ -266,6 +266,7 @@ class _Conv(BlockSparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) or without N -> (N, out_channels, *size'). ValueError where x does not fit."""
+        _check_operand("x", x, self.weight)
         if x.ndim == self.dims + 1:
             return self.forward(x[None])[0]
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -373,6 +374,8 @@ class _Conv(BlockSparse):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """U(-s, s) with s = 1 / sqrt(inputs of that output, all taps counted), for weights and bias: torch's own, scaled to the sparsity."""
+        if self.weight.is_meta:
+            return
         layout, br = self.layout, self.layout.block[0]
         inputs = (layout.mask * self.block_sizes()[0] / min(br, self.out_channels)).sum(1)  # (R,), with all taps
         bound = inputs.clamp_min(1).rsqrt()
@@ -448,9 +451,12 @@ class EdgeBias(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dims = len(input_size)
-        if dims not in (1, 2, 3):
+        if not isinstance(input_size, (tuple, list)) or len(input_size) not in (1, 2, 3):
             raise ValueError(f"input_size: expected 1 to 3 sizes, got {input_size!r}")
+        dims = len(input_size)
+        input_size = _sizes("input_size", input_size, dims, 1)
+        if type(channels) is not int or channels < 1:
+            raise ValueError(f"channels: expected at least 1, got {channels!r}")
         kernel, stride, dilation = (_sizes(*pair, dims, 1) for pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))
         outside, size = torch.zeros(1, 1, dtype=torch.bool), []
         for n, k, s, d, (before, after) in zip(input_size, kernel, stride, dilation, _ends(padding, kernel, stride, dilation), strict=True):
@@ -471,7 +477,8 @@ class EdgeBias(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(N, channels, *size) -> the same. ValueError where the sizes are not those of the convolution's output."""
-        if y.shape[2:] != self.size or y.shape[1] != self.gain.shape[1]:
+        _check_operand("y", y, self.gain)
+        if y.shape[2:] != self.size or y.shape[1:2] != self.gain.shape[1:]:
             raise ValueError(f"y: expected (batch, {self.gain.shape[1]}, {', '.join(map(str, self.size))}), got {tuple(y.shape)}")
         inner = self.gain.new_ones(1, self.gain.shape[1])
         gain, bias = torch.cat([inner, self.gain])[self.edge], torch.cat([inner - 1, self.bias])[self.edge]  # (P, channels)

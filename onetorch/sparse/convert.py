@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _check_layout, _check_values
+from onetorch.sparse.layout import Layout, _with_values
+from onetorch.sparse.products import _check_layout, _check_restriction, _check_values
 
 
 def _whole(layout: Layout, what: str) -> None:
+    _check_layout(layout)
     if layout.heads is not None or layout.shape[0] % layout.block[0] or layout.shape[1] % layout.block[1]:
         raise ValueError(f"layout: {what} needs one matrix of whole blocks, got {layout!r}")
+
+
+def _check_one_set(values: Tensor, layout: Layout) -> None:
+    _check_values(values, layout)
+    if values.ndim != 3:
+        raise ValueError(f"values: expected {layout.values_shape}, one set, got {tuple(values.shape)}")
 
 
 def to_bsr(values: Tensor, layout: Layout) -> Tensor:
     """(kept, br, bc) -> torch's sparse BSR tensor of shape (rows, columns). Whole blocks and no heads: ValueError otherwise."""
     _whole(layout, "BSR")
+    _check_one_set(values, layout)
     R, C = layout.grid
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # a layout keeps them; torch 2.11 warns of the argument that says the same
         return torch.sparse_bsr_tensor(layout.index[: R + 1].long(), layout.columns.long() % C, values, size=layout.shape)
@@ -36,6 +44,8 @@ def _from_rows(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[in
 
 def from_bsr(tensor: Tensor) -> tuple[Tensor, Layout]:
     """A torch sparse BSR matrix -> (values, layout). The blocks must have a size of `layout.BLOCKS`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"tensor: expected a sparse BSR matrix, got {type(tensor).__name__}")
     if tensor.layout != torch.sparse_bsr or tensor.ndim != 2:
         raise ValueError(f"tensor: expected a sparse BSR matrix, got {tensor.ndim} dimensions, {tensor.layout}")
     return _from_rows(tensor.crow_indices(), tensor.col_indices(), tensor.values(), (tensor.shape[0], tensor.shape[1]))
@@ -47,6 +57,10 @@ def to_scipy(values: Tensor, layout: Layout) -> tuple[Any, Any, Any]:
     Data share the memory of values where these are on the CPU. Whole blocks and no heads: ValueError otherwise.
     """
     _whole(layout, "BSR")
+    _check_one_set(values, layout)
+    _with_values("values", values)
+    if values.dtype == torch.bfloat16:
+        raise ValueError("values: numpy has no bfloat16; expected one of float32, float64, float16")
     R, C = layout.grid
     return values.detach().cpu().numpy(), (layout.columns % C).cpu().numpy(), layout.index[: R + 1].cpu().numpy()
 
@@ -67,8 +81,7 @@ def to_block_mask(layout: Layout, *, causal: bool = False, mask: Tensor | None =
     from torch.nn.attention.flex_attention import BlockMask
 
     _check_layout(layout)
-    if mask is not None and (mask.shape != layout.values_shape or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected {layout.values_shape} bool, got {tuple(mask.shape)} {mask.dtype}")
+    _check_restriction("mask", mask, layout.values_shape, (torch.bool,), layout.device)
     (br, bc), blocks = layout.block, layout.mask.view(layout.heads or 1, *layout.grid)
     number = (blocks.flatten().cumsum(0) - 1).view(blocks.shape)
 
@@ -90,6 +103,10 @@ def from_block_mask(block_mask: Any) -> tuple[Layout, Tensor]:
     mask (kept, br, bc) bool is the BlockMask's mask function at every pair of a block that is not marked as full. The function must do with a batch index
     of 0. ValueError for a BlockMask that differs between the elements of a batch.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not issubclass(type(block_mask), BlockMask):
+        raise ValueError(f"block_mask: expected a BlockMask, got {type(block_mask).__name__}")
     blocks = block_mask.to_dense().bool()  # (B, H, R, C)
     if (blocks != blocks[:1]).any():
         raise ValueError(f"block_mask: expected the same blocks for the whole batch, got {blocks.shape[0]} that differ")
@@ -128,14 +145,20 @@ def to_blocksparse(values: Tensor, layout: Layout, *, z_order: bool = True) -> t
     z_order=False by output and then input, as scipy.sparse.find listed them at its time. Square blocks, whole, no heads: ValueError otherwise.
     """
     _whole(layout, "openai/blocksparse")
-    _check_values(values, layout)
-    if layout.block[0] != layout.block[1] or values.ndim != 3:
-        raise ValueError(f"layout: openai/blocksparse has square blocks and one set of values, got {layout!r} and values {tuple(values.shape)}")
+    _check_one_set(values, layout)
+    if layout.block[0] != layout.block[1]:
+        raise ValueError(f"layout: openai/blocksparse has square blocks, got {layout!r}")
     return values[_blocksparse_order(layout, z_order)].mT.contiguous(), layout.mask.T.to(torch.int32)
 
 
 def from_blocksparse(weight: Tensor, their_layout: Tensor, *, z_order: bool = True) -> tuple[Tensor, Layout]:
     """The weight (kept, b, b) and layout (C, R), input by output blocks, of openai/blocksparse's BlocksparseMatMul -> (values, layout) as `Linear` has them."""
+    for name, tensor in (("weight", weight), ("their_layout", their_layout)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        _with_values(name, tensor)
+    if weight.device != their_layout.device:
+        raise ValueError(f"their_layout: expected it on {weight.device} as weight is, got {their_layout.device}")
     if their_layout.ndim != 2 or weight.ndim != 3 or weight.shape[0] != int((their_layout != 0).sum()) or weight.shape[1] != weight.shape[2]:
         raise ValueError(f"weight: expected (kept, b, b) for the blocks of a layout (C, R), got {tuple(weight.shape)} and {tuple(their_layout.shape)}")
     layout = Layout.from_mask(their_layout.T != 0, weight.shape[1])

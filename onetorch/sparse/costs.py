@@ -69,17 +69,17 @@ def _remember(key: str, path: Path, measure: Callable[[], float]) -> None:
 
 
 def _measure(dtype: torch.dtype, block: tuple[int, int], tokens: int, product: str = "dds") -> float:
-    x = torch.linspace(-1, 1, tokens * SIZE).view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
+    x = torch.linspace(-1, 1, tokens * SIZE, device="cpu").view(1, 1, tokens, SIZE).to(dtype)  # no random numbers: the caller's generators stay as they are
     R, C = SIZE // block[0], SIZE // block[1]
-    checker = (torch.arange(R)[:, None] + torch.arange(C)) % 2 == 0
+    checker = (torch.arange(R, device="cpu")[:, None] + torch.arange(C, device="cpu")) % 2 == 0
     candidates: dict[tuple[str, float], Callable[[], Tensor | None]] = {}
-    for density, mask in ((1.0, torch.ones(R, C, dtype=torch.bool)), (0.5, checker)):
+    for density, mask in ((1.0, torch.ones_like(checker)), (0.5, checker)):
         layout = Layout.from_mask(mask, block)
         if product == "sdd":
             candidates["sparse", density] = partial(cpu.sdd, x.mT, x, layout.index, (R, C), block, True)
             candidates["dense", density] = partial(dense_sdd, x.mT, x, layout.index, (R, C), block)
             continue
-        values = torch.linspace(-1, 1, layout.kept * block[0] * block[1]).view(1, *layout.values_shape).to(dtype)
+        values = torch.linspace(-1, 1, layout.kept * block[0] * block[1], device="cpu").view(1, *layout.values_shape).to(dtype)
         candidates["sparse", density] = partial(cpu.dds, x, values, layout.index, None, (R, C), SIZE, True)
         candidates["dense", density] = partial(dense_dds, x, values, layout.index, None, (R, C), True)
     times: dict = {name: [] for name in candidates}
@@ -151,6 +151,12 @@ def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> s
 
     sparse: density 0.250, the dense product is faster from 0.981; gradient of the weight sparse, dense from 0.942
     """
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError(f"tokens: expected a number of them, got {tokens!r}")
+    if dtype not in cpu.DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in cpu.DTYPES)}, got {dtype}")
     if layout.device.type != "cpu" or cpu.library() is None:
         return "pytorch: batched products of gathered blocks"
     if layout.heads is not None or not _whole(layout.shape, layout.block, layout.density, tokens):

@@ -146,7 +146,7 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
     R, C = grid
     values = values.contiguous()
     kept, br, bc = values.shape[1:]
-    y = torch.empty(G, H, M, columns, dtype=x.dtype)
+    y = x.new_empty(G, H, M, columns)  # torch.empty would go to the default device, which may be another
     if y.numel() == 0:
         return y
     base, row_offsets, column_offsets = index.data_ptr(), H * R + 1, H * C + 1
@@ -175,7 +175,7 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
     G, H, M, K = a.shape
     R, C = grid
     kept = (index.shape[0] - H * R - H * C - 2) // 4
-    out = torch.empty(1 if reduce else G, kept, *block, dtype=a.dtype)
+    out = a.new_empty(1 if reduce else G, kept, *block)
     if out.numel() == 0:
         return out
     if G == 0 or K == 0:
@@ -293,8 +293,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tens
     """-> (B, H, S, Dv) and the log-sum-exp (B, H, S). q, k and v have a contiguous last dimension; see csrc/attention.cpp."""
     lib = library()
     assert lib is not None
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if lse.numel():
         _check(lib.onetorch_attention(*_attention_arguments(q, k, v, *arguments), out.data_ptr(), lse.data_ptr(), _attention_threads(q, k, *arguments)))
     return out, lse
@@ -305,7 +305,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lib = library()
     assert lib is not None
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     if lse.numel():
         gradients = [t.data_ptr() for t in (grad, dq, dk, dv)]
         _check(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from onetorch.sparse.layers import BlockSparse
+from onetorch.sparse.products import _check_number
 
 
 def cosine_fraction(step: int, end: int, fraction: float) -> float:
@@ -73,6 +74,18 @@ class DynamicSparsity:
         density: float | None = None,
         generator: torch.Generator | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a module, got {type(model).__name__}")
+        self.optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
+        for one in self.optimizers:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise ValueError(f"optimizer: expected an optimizer or a tuple of them, got {type(one).__name__}")
+        for name, steps in (("every", every), ("begin", begin), ("end", end)):
+            if type(steps) is not int:
+                raise ValueError(f"{name}: expected a number of steps, got {steps!r}")
+        _check_number("fraction", fraction)
+        if density is not None:
+            _check_number("density", density)
         self.layers = [layer for layer in model.modules() if isinstance(layer, BlockSparse)]
         if not self.layers:
             raise ValueError(f"model: expected at least one layer of onetorch.sparse, got {type(model).__name__} without any")
@@ -88,7 +101,6 @@ class DynamicSparsity:
             raise ValueError(f"fraction: expected a value in 0..1, got {fraction}")
         if density is not None and not 0 < density <= 1:
             raise ValueError(f"density: expected a value in 0..1, not 0, got {density}")
-        self.optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
         held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for layer in self.layers:
             if id(layer.weight) not in held:
@@ -149,8 +161,11 @@ class DynamicSparsity:
 
     def load_state_dict(self, state: dict) -> None:
         expected = {"steps", "first"} | (set() if self.generator is None else {"generator"})
-        if set(state) != expected or len(state["first"]) != len(self.layers):
-            raise ValueError(f"state: expected {sorted(expected)} of {len(self.layers)} layers, got {sorted(state)} of {len(state.get('first', ()))}")
+        wanted = f"state: expected {sorted(expected)} of {len(self.layers)} layers"
+        if not isinstance(state, dict) or set(state) != expected:
+            raise ValueError(f"{wanted}, got {sorted(state) if isinstance(state, dict) else type(state).__name__}")
+        if type(state["steps"]) is not int or not isinstance(state["first"], list) or len(state["first"]) != len(self.layers):
+            raise ValueError(f"{wanted}, got steps {state['steps']!r} and first {state['first']!r}")
         self.steps, self.first = state["steps"], list(state["first"])
         if self.generator is not None:
             self.generator.set_state(state["generator"])

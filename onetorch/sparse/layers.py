@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import dds
+from onetorch.sparse.layout import Layout, _ends_in, _with_values
+from onetorch.sparse.products import DTYPES, dds
 
 
 class BlockSparse(nn.Module):
@@ -34,8 +34,12 @@ class BlockSparse(nn.Module):
     probe: Tensor | None
 
     def _create(self, layout: Layout, kernel: tuple[int, ...], gate: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        layout = layout if device is None else layout.to(device)
-        kind = {"device": layout.device, "dtype": dtype}
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}")
+        place = layout.device if device is None else layout.to(device).device
+        if place.type != "meta":  # parameters that are yet to come; which blocks there are is known
+            layout = layout.to(place)
+        kind = {"device": place, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(*layout.values_shape, *kernel, **kind))  # type: ignore[arg-type]
         self.gate = nn.Parameter(torch.ones(layout.kept, **kind)) if gate else None  # type: ignore[arg-type]
         self.probe = None
@@ -123,15 +127,15 @@ class BlockSparse(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         mask, weight = state_dict.get(prefix + "layout_mask"), state_dict.get(prefix + "weight")
-        if mask is not None and weight is not None and mask.device.type != "meta":
-            mine = self.layout
+        if isinstance(mask, Tensor) and isinstance(weight, Tensor) and mask.device.type != "meta":
+            mine, empty = self.layout, self.weight.is_meta
             if mask.shape != mine.mask.shape or weight.shape[1:] != self.weight.shape[1:]:
                 raise ValueError(
                     f"{prefix}layout_mask: expected weights of {tuple(mine.mask.shape)} blocks of {tuple(self.weight.shape[1:])}, "
                     f"got those of {tuple(mask.shape)} blocks of {tuple(weight.shape[1:])}"
                 )
-            mask = mask.to(mine.device if mine.device.type != "meta" else mask.device, torch.bool)
-            if mine.device.type == "meta" or not torch.equal(mask, mine.mask):
+            mask = mask.to(mask.device if empty else mine.device, torch.bool)
+            if empty or not torch.equal(mask, mine.mask):
                 layout = Layout.from_mask(mask, mine.block, mine.shape)
                 if layout.kept != weight.shape[0]:
                     raise ValueError(f"{prefix}weight: expected the {layout.kept} blocks of {prefix}layout_mask, got {weight.shape[0]}")
@@ -195,10 +199,12 @@ class Linear(BlockSparse):
             raise ValueError(f"layout: expected ({out_features}, {in_features}) without heads, outputs by inputs as nn.Linear's weight, got {layout!r}")
         self.in_features, self.out_features = in_features, out_features
         self._create(layout, (), gate, device, dtype)
-        self.bias = nn.Parameter(torch.empty(out_features, device=self.layout.device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(self.weight.new_empty(out_features)) if bias else None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim == 1:
             return self.forward(x[None])[0]
         return self._probed(dds(x, self.gated_weight(), self.layout, transpose_sparse=True, bias=self.bias), x)
@@ -218,6 +224,8 @@ class Linear(BlockSparse):
         """U(-s, s) with s = 1 / sqrt(inputs of that output), for weights and bias: nn.Linear's own, scaled to the sparsity. An output without inputs has
         bias 0.
         """
+        if self.weight.is_meta:
+            return
         bound = self.fan_in().clamp_min(1).rsqrt()
         padded = torch.nn.functional.pad(bound, (0, self.layout.grid[0] * self.layout.block[0] - self.out_features))
         self.weight.uniform_(-1, 1).mul_(padded.view(-1, self.layout.block[0])[self.layout.rows.long()][:, :, None])
@@ -258,6 +266,8 @@ class Linear(BlockSparse):
     @torch.no_grad()
     def from_linear(linear: nn.Linear, layout: Layout) -> "Linear":
         """The blocks of a dense layer that `layout` keeps."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         made = Linear(linear.in_features, linear.out_features, layout, linear.bias is not None, linear.weight.device, linear.weight.dtype)
         made.weight.copy_(made.layout.from_dense(linear.weight))
         if made.bias is not None:
@@ -336,24 +346,28 @@ class Projection(nn.Module):
         super().__init__()
         if sum(given is not None for given in (index, count, stride)) != 1:
             raise ValueError("index, count, stride: expected exactly one of them")
+        if type(features) is not int or features < 1:
+            raise ValueError(f"features: expected at least 1, got {features!r}")
         if index is not None:
+            if not isinstance(index, Tensor):
+                raise ValueError(f"index: expected different int64 entries in 0..{features - 1}, got {type(index).__name__}")
+            _with_values("index", index)
             if index.ndim != 1 or index.dtype != torch.int64 or index.unique().shape != index.shape or not bool(((index >= 0) & (index < features)).all()):
                 raise ValueError(f"index: expected different int64 entries in 0..{features - 1}, got {tuple(index.shape)} {index.dtype}")
         elif count is not None:
-            if not 0 < count <= features:
+            if type(count) is not int or not 0 < count <= features:
                 raise ValueError(f"count: expected 1..{features}, got {count}")
             index = torch.randperm(features, generator=generator)[:count].sort().values
         else:
             assert stride is not None
-            if not 0 < stride <= features:
+            if type(stride) is not int or not 0 < stride <= features:
                 raise ValueError(f"stride: expected 1..{features}, got {stride}")
             index = torch.arange(0, features, stride)
         self.features = features
         self.register_buffer("index", index.to(device))
 
     def _check(self, name: str, tensor: Tensor, size: int) -> None:
-        if tensor.shape[-1:] != (size,):
-            raise ValueError(f"{name}: expected (..., {size}), got {tuple(tensor.shape)}")
+        _ends_in(name, tensor, (size,), self.index.device)
 
     def gather(self, x: Tensor) -> Tensor:
         self._check("x", x, self.features)
@@ -364,16 +378,20 @@ class Projection(nn.Module):
         return y.new_zeros(*y.shape[:-1], self.features).index_copy(-1, self.index, y)
 
     def scatter_add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.index_copy(-1, self.index, self.gather(x) + self._fitting(x, y))
+        added = self.gather(x) + self._fitting(x, y)
+        return x.index_copy(-1, self.index, added)
 
     def scatter_mul(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.index_copy(-1, self.index, self.gather(x) * self._fitting(x, y))
+        product = self.gather(x) * self._fitting(x, y)
+        return x.index_copy(-1, self.index, product)
 
     def _fitting(self, x: Tensor, y: Tensor) -> Tensor:
         self._check("x", x, self.features)
         self._check("y", y, self.index.shape[0])
         if y.shape[:-1] != x.shape[:-1]:
             raise ValueError(f"y: expected leading dimensions {tuple(x.shape[:-1])} as x has, got {tuple(y.shape)}")
+        if y.dtype != x.dtype:
+            raise ValueError(f"y: expected {x.dtype} as x has, got {y.dtype}")
         return y
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ layout.to_dense(values)                            # (2048, 2048), zeros where n
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,25 @@ STORED = {torch.uint8: "U8", torch.int64: "I64"}  # safetensors' names of what a
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(type(n) is int for n in pair):
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(n) is int for n in pair):
         raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
     return pair[0], pair[1]
+
+
+def _ends_in(name: str, tensor: Tensor, sizes: tuple[int, ...], device: torch.device) -> None:
+    expected = f"{name}: expected (..., {', '.join(map(str, sizes))})"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{expected}, got {type(tensor).__name__}")
+    if tuple(tensor.shape[-len(sizes) :]) != sizes:
+        raise ValueError(f"{expected}, got {tuple(tensor.shape)}")
+    if tensor.device != device or tensor.layout != torch.strided:
+        raise ValueError(f"{expected}, strided, on {device}, where the layout is, got {tensor.layout} on {tensor.device}")
+
+
+def _with_values(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor that has values, got {tensor.layout} on {tensor.device}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,6 +74,7 @@ class Layout:
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise ValueError(f"mask: expected a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+        _with_values("mask", mask)
         if mask.ndim not in (2, 3) or 0 in mask.shape:
             raise ValueError(f"mask: expected (rows, columns) or (heads, rows, columns) of blocks, none of them 0, got shape {tuple(mask.shape)}")
         br, bc = _pair("block", block)
@@ -69,15 +86,16 @@ class Layout:
             raise ValueError(
                 f"shape: {R} x {C} blocks of {br} x {bc} cover ({(R - 1) * br + 1}..{R * br}, {(C - 1) * bc + 1}..{C * bc}) elements, got {(rows, columns)}"
             )
-        mask = mask.detach().contiguous().clone()
         H = mask.numel() // (R * C)
         if H * max(R, C) >= 2**31 or mask.numel() >= 2**31:
             raise ValueError(f"mask: {H} heads of {R} x {C} blocks are more than the 32-bit index can count")
         return Layout._of(mask, (br, bc), (rows, columns), None)
 
     @staticmethod
+    @torch.inference_mode(False)  # tensors that are made in inference mode could never take part in training
     def _of(mask: Tensor, block: tuple[int, int], shape: tuple[int, int], kept: int | None) -> "Layout":
-        """The layout of a mask that is checked and nobody else's. With `kept`, the number of its blocks, nothing here waits for the device."""
+        """The layout of a mask that is checked. With `kept`, the number of its blocks, nothing here waits for the device."""
+        mask = mask.detach().contiguous().clone()
         R, C = mask.shape[-2:]
         heads = mask.reshape(-1, R, C)
 
@@ -101,9 +119,10 @@ class Layout:
         """The same grid with another mask, bool like this one's, of which the caller knows that exactly `kept` entries are true: nothing is checked but
         the shape, and nothing waits for the device.
         """
-        if mask.shape != self.mask.shape or mask.dtype != torch.bool or mask.device != self.device:
-            raise ValueError(f"mask: expected {tuple(self.mask.shape)} bool on {self.device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}")
-        return Layout._of(mask.detach().contiguous().clone(), self.block, self.shape, kept)
+        if not isinstance(mask, Tensor) or mask.shape != self.mask.shape or mask.dtype != torch.bool or mask.device != self.device:
+            got = f"{tuple(mask.shape)} {mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected {tuple(self.mask.shape)} bool on {self.device}, got {got}")
+        return Layout._of(mask, self.block, self.shape, kept)
 
     @staticmethod
     def from_indices(
@@ -119,6 +138,8 @@ class Layout:
 
         ValueError names the index that is out of range or stands twice.
         """
+        if not isinstance(grid, (tuple, list)) or not all(type(n) is int and n > 0 for n in grid):
+            raise ValueError(f"grid: expected positive ints, got {grid!r}")
         if len(grid) not in (2, 3) or (len(grid) == 3) != (heads is not None):
             raise ValueError(
                 f"grid: expected (R, C), or (heads, R, C) together with `heads`, got {grid} and heads {'given' if heads is not None else 'left out'}"
@@ -128,6 +149,7 @@ class Layout:
             if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
                 got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
                 raise ValueError(f"{name}: expected a 1-D tensor of int32 or int64, got {got}")
+            _with_values(name, index)
             if index.shape != rows.shape or index.device != rows.device:
                 raise ValueError(f"{name}: expected {tuple(rows.shape)} on {rows.device} as rows has, got {tuple(index.shape)} on {index.device}")
             wrong = (index < 0) | (index >= size)
@@ -137,9 +159,9 @@ class Layout:
         flat = rows.long() * grid[-1] + columns.long()
         if heads is not None:
             flat = flat + heads.long() * (grid[-2] * grid[-1])
-        total = 1
-        for n in grid:
-            total *= n
+        total = math.prod(grid)
+        if total >= 2**31:
+            raise ValueError(f"grid: {grid} blocks are more than the 32-bit index can count")
         seen = torch.bincount(flat, minlength=total)
         if (seen > 1).any():
             twice = int((seen > 1).nonzero()[0])
@@ -192,6 +214,8 @@ class Layout:
         """The kept blocks as text, one character per block, or per square of blocks where there are more than `width` columns; darker is denser. Heads
         stand below each other.
         """
+        if type(width) is not int or width < 1:
+            raise ValueError(f"width: expected at least 1 character, got {width!r}")
         R, C = self.grid
         step = -(-C // width)
         parts = []
@@ -201,9 +225,14 @@ class Layout:
         return "\n\n".join(parts)
 
     def to(self, device: torch.device | str) -> "Layout":
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: expected a torch.device or its name, got {device!r}") from error
         if device == self.device:
             return self
+        if self.device.type == "meta":
+            raise ValueError(f"device: expected meta, where this layout is and has no blocks to move, got {device}")
         return Layout(self.mask.to(device), self.block, self.shape, self.kept, self.rows.to(device), self.columns.to(device), self.index.to(device))
 
     def _same(self, other: "Layout") -> None:
@@ -238,6 +267,7 @@ class Layout:
 
     def transpose_values(self, values: Tensor) -> Tensor:
         """(..., kept, br, bc) of this layout -> (..., kept, bc, br) of `transpose()`."""
+        _ends_in("values", values, self.values_shape, self.device)
         return values.index_select(-3, self.index[-2 * self.kept : self.index.shape[0] - self.kept]).mT
 
     def permute(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Layout":
@@ -251,7 +281,10 @@ class Layout:
         ):
             if order is None:
                 continue
-            if order.ndim != 1 or order.shape[0] != size or not torch.equal(order.sort().values, torch.arange(size, device=order.device)):
+            if not isinstance(order, Tensor) or order.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{name}: expected int64 indices, got {order.dtype if isinstance(order, Tensor) else type(order).__name__}")
+            _with_values(name, order)
+            if order.ndim != 1 or order.shape[0] != size or not torch.equal(order.sort().values.long(), torch.arange(size, device=order.device)):
                 raise ValueError(f"{name}: expected a permutation of 0..{size - 1}, got {order.tolist() if order.numel() < 10 else tuple(order.shape)}")
             if length % block and int(order[-1]) != size - 1:
                 raise ValueError(f"{name}: block {size - 1} reaches over the edge and must stay last, got block {int(order[-1])} there")
@@ -260,7 +293,7 @@ class Layout:
 
     def crop(self, rows: int, columns: int) -> "Layout":
         """The layout of the first `rows` and `columns` elements of the matrix (of each head). ValueError where it has fewer."""
-        if not (0 < rows <= self.shape[0] and 0 < columns <= self.shape[1]):
+        if not (type(rows) is type(columns) is int and 0 < rows <= self.shape[0] and 0 < columns <= self.shape[1]):
             raise ValueError(f"rows, columns: expected 1..{self.shape[0]} and 1..{self.shape[1]}, got {(rows, columns)}")
         return Layout.from_mask(self.mask[..., : -(-rows // self.block[0]), : -(-columns // self.block[1])], self.block, (rows, columns))
 
@@ -271,8 +304,7 @@ class Layout:
 
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., kept, br, bc) -> (..., [heads,] rows, columns), zeros outside the kept blocks. Differentiable."""
-        if values.shape[-3:] != self.values_shape:
-            raise ValueError(f"values: expected (..., {', '.join(map(str, self.values_shape))}), got {tuple(values.shape)}")
+        _ends_in("values", values, self.values_shape, self.device)
         (R, C), (br, bc), H = self.grid, self.block, self.heads or 1
         lead = values.shape[:-3]
         at = self.rows.long() * C + self.columns.long() % C
@@ -283,8 +315,7 @@ class Layout:
     def from_dense(self, dense: Tensor) -> Tensor:
         """(..., [heads,] rows, columns) -> the kept blocks (..., kept, br, bc), zeros beyond the edge. Differentiable."""
         expected = (() if self.heads is None else (self.heads,)) + self.shape
-        if dense.shape[-len(expected) :] != expected:
-            raise ValueError(f"dense: expected (..., {', '.join(map(str, expected))}), got {tuple(dense.shape)}")
+        _ends_in("dense", dense, expected, self.device)
         (R, C), (br, bc), H = self.grid, self.block, self.heads or 1
         lead = dense.shape[: dense.ndim - len(expected)]
         padded = torch.nn.functional.pad(dense, (0, C * bc - self.shape[1], 0, R * br - self.shape[0]))
@@ -297,8 +328,12 @@ class Layout:
 
     @staticmethod
     def from_state(state: dict[str, Tensor]) -> "Layout":
-        if set(state) != {"mask", "block", "shape"}:
-            raise ValueError(f"state: expected mask, block and shape, got {sorted(state)}")
+        if not isinstance(state, dict) or set(state) != {"mask", "block", "shape"}:
+            raise ValueError(f"state: expected mask, block and shape, got {sorted(state) if isinstance(state, dict) else type(state).__name__}")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or (name != "mask" and (tensor.shape != (2,) or tensor.dtype != torch.int64)):
+                got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"state: expected {name} as a tensor{'' if name == 'mask' else ', (2,) int64'}, got {got}")
         block, shape = state["block"].tolist(), state["shape"].tolist()
         return Layout.from_mask(state["mask"] != 0, tuple(block), tuple(shape))
 

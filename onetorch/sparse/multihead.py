@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from onetorch.sparse.attention import KeyValueCache, attention, decode
-from onetorch.sparse.layout import Layout
+from onetorch.sparse.layout import Layout, _with_values
+from onetorch.sparse.products import DTYPES, _check_number, _check_operand, _check_restriction
 
 
 class MultiheadAttention(nn.Module):
@@ -51,17 +52,27 @@ class MultiheadAttention(nn.Module):
         key_heads = heads if key_heads is None else key_heads
         if not isinstance(layout, Layout):
             raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
-        if heads < 1 or features % heads:
+        for name, count in (("features", features), ("heads", heads), ("key_heads", key_heads)):
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name}: expected an int, at least 1, got {count!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}")
+        if features % heads:
             raise ValueError(f"heads: expected a divisor of the {features} features, got {heads}")
-        if key_heads < 1 or heads % key_heads:
+        if heads % key_heads:
             raise ValueError(f"key_heads: expected a divisor of the {heads} heads, got {key_heads}")
         if layout.shape[0] != layout.shape[1] or layout.heads not in (None, heads):
             raise ValueError(f"layout: expected as many queries as keys, and one for all heads or {heads}, got {layout!r}")
+        _check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a share in 0..1, not 1, got {dropout}")
         self.features, self.heads, self.key_heads, self.causal, self.dropout = features, heads, key_heads, causal, dropout
         self.layout = layout if device is None else layout.to(device)
         for name, tensor in (("groups", groups), ("order", order), ("mask", mask)):
+            kinds, size = ((torch.bool,), layout.values_shape) if name == "mask" else ((torch.int64, torch.int32), layout.shape[:1])
+            _check_restriction(name, tensor, size, kinds, tensor.device if isinstance(tensor, Tensor) else layout.device)
+            if tensor is not None:
+                _with_values(name, tensor)
             self.register_buffer(name, None if tensor is None else tensor.to(self.layout.device), persistent=False)
         depth = features // heads
         self.qkv = nn.Linear(features, (heads + 2 * key_heads) * depth, bias, device=self.layout.device, dtype=dtype)
@@ -78,13 +89,17 @@ class MultiheadAttention(nn.Module):
         With a `cache` (`new_cache`), x are the T tokens after those that the cache holds; their keys and values are added to it, and `key_padding` covers
         all tokens so far. ValueError where x does not fit or reaches over the end of the layout.
         """
-        if x.ndim != 3 or x.shape[2] != self.features:
-            raise ValueError(f"x: expected (batch, tokens, {self.features}), got {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.features:
+            raise ValueError(f"x: expected (batch, tokens, {self.features}), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+        _check_operand("x", x, self.qkv.weight)
+        if cache is not None and not isinstance(cache, KeyValueCache):
+            raise ValueError(f"cache: expected a KeyValueCache, got {type(cache).__name__}")
         B, T, _ = x.shape
         start = 0 if cache is None else cache.length
         S = self.layout.shape[0]
         if not 1 <= T <= S - start:
             raise ValueError(f"x: expected 1..{S - start} tokens, as many as the layout has left, got {T}")
+        _check_restriction("key_padding", key_padding, (B, start + T), (torch.bool,), x.device)
         depth = self.features // self.heads
         sizes = [self.heads, self.key_heads, self.key_heads]
         q, k, v = self.qkv(x).view(B, T, sum(sizes), depth).transpose(1, 2).split(sizes, 1)

@@ -31,6 +31,9 @@ def report(layout: Layout, most: int = 64) -> dict[str, float | int | None]:
     mixing        how many layers of this layout until every input reaches every output; None where they never do. A matrix that is not square
                   alternates with its transpose, as the two halves of an MLP block do. Of several heads, each layer uses the union.
     """
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
+    _count("most", most, 1, 2**31 - 1)
     mask = layout.mask if layout.heads is None else layout.mask.any(0)
     per_row, per_column = layout.mask.sum(-1), layout.mask.sum(-2)
     step = mask.float()
@@ -68,8 +71,14 @@ def _square(name: str, shape: Size, block: Size) -> int:
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected a value in {low}..{high}, got {value}")
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name}: expected a value in {low}..{high}, got {value!r}")
+
+
+def _count(name: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name}: expected an int, got {value!r}")
+    _between(name, value, low, high)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------------------------------------
@@ -117,7 +126,7 @@ def barabasi_albert(shape: Size, block: Size, degree: int, generator: torch.Gene
     the diagonal and a dense core of the first `degree`.
     """
     n = _square("barabasi_albert", shape, block)
-    _between("degree", degree, 1, n)
+    _count("degree", degree, 1, n)
     mask = torch.eye(n, dtype=torch.bool)
     mask[:degree, :degree] = True
     links = torch.zeros(n)
@@ -152,7 +161,7 @@ def watts_strogatz(shape: Size, block: Size, degree: int, p: float = 0.2, genera
     """
     n = _square("watts_strogatz", shape, block)
     _between("p", p, 0, 1)
-    if degree % 2 or not 2 <= degree < n:
+    if type(degree) is not int or degree % 2 or not 2 <= degree < n:
         raise ValueError(f"degree: expected an even number in 2..{n - 1}, got {degree}")
     at = torch.arange(n)
     gap = (at[:, None] - at).abs()
@@ -165,7 +174,7 @@ def watts_strogatz_2d(shape: Size, block: Size, degree: int, p: float = 0.2, gen
     """
     n = _square("watts_strogatz_2d", shape, block)
     _between("p", p, 0, 1)
-    _between("degree", degree, 1, n - 1)
+    _count("degree", degree, 1, n - 1)
     a = next(d for d in range(int(n**0.5), 0, -1) if n % d == 0)
     b = n // a
     row, column = torch.arange(n) // b, torch.arange(n) % b
@@ -183,13 +192,14 @@ def _scaled(R: int, C: int) -> tuple[Tensor, Tensor]:
 def banded(shape: Size, block: Size, width: int) -> Layout:
     """Blocks at most `width` block columns from the diagonal."""
     row, column = _scaled(*_grid(shape, block))
+    _count("width", width, 0, 2**31 - 1)
     return Layout.from_mask((row - column).abs() <= width, block, shape)
 
 
 def block_diagonal(shape: Size, block: Size, groups: int) -> Layout:
     """`groups` dense squares along the diagonal, as even as the blocks allow."""
     R, C = _grid(shape, block)
-    _between("groups", groups, 1, min(R, C))
+    _count("groups", groups, 1, min(R, C))
     return Layout.from_mask(torch.arange(R)[:, None] * groups // R == torch.arange(C)[None] * groups // C, block, shape)
 
 
@@ -199,7 +209,7 @@ def butterfly(shape: Size, block: Size, stride: int | None = None) -> Layout:
     """
     R, C = _grid(shape, block)
     n = min(R, C)
-    if stride is not None and (stride < 1 or stride & (stride - 1)):
+    if stride is not None and (type(stride) is not int or stride < 1 or stride & (stride - 1)):
         raise ValueError(f"stride: expected a power of two, got {stride}")
     row, column = torch.arange(R)[:, None] * n // R, torch.arange(C)[None] * n // C  # a matrix that is not square stretches the smaller square
     differ = row ^ column
@@ -213,6 +223,7 @@ def _attention(sequence: int, block: Size, allowed: Callable[[Tensor, Tensor], T
     """Keep the blocks that hold a pair (query i, key j) with allowed(i (S, 1), j (1, S)); with `heads` it gives (heads, S, S). One block row at a time,
     so that memory stays O(block S).
     """
+    _positive(sequence=sequence)
     br, bc = _pair("block", block)
     C = _grid(sequence, block)[1]
     key = torch.arange(sequence)[None]
@@ -226,12 +237,13 @@ def _attention(sequence: int, block: Size, allowed: Callable[[Tensor, Tensor], T
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1 token, got {size}")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name}: expected at least 1 token, got {size!r}")
 
 
 def causal(sequence: int, block: Size) -> Layout:
     """Every key up to the query."""
+    _positive(sequence=sequence)
     br, bc = _pair("block", block)
     R, C = _grid(sequence, block)
     return Layout.from_mask(torch.arange(C)[None] * bc < (torch.arange(R)[:, None] + 1) * br, block, sequence)
@@ -247,7 +259,7 @@ def strided_order(sequence: int, stride: int) -> Tensor:
     """(S,) int64: the permutation of the tokens that puts those of equal position modulo `stride` together, in order. `strided` is block-diagonal in it;
     pass it to `attention` as `order`.
     """
-    _positive(stride=stride)
+    _positive(sequence=sequence, stride=stride)
     at = torch.arange(sequence)
     return (at % stride * sequence + at // stride).argsort()
 
@@ -265,7 +277,7 @@ def strided(sequence: int, block: Size, stride: int, *, causal: bool = True) -> 
 
 def strided_groups(sequence: int, stride: int) -> Tensor:
     """(S,) int64: the group of each token, for `attention`'s `groups`: tokens of different groups do not see each other."""
-    _positive(stride=stride)
+    _positive(sequence=sequence, stride=stride)
     return torch.arange(sequence) % stride
 
 
@@ -275,8 +287,8 @@ def fixed(sequence: int, block: Size, stride: int, summary: int, heads: int | No
     With `heads`, head h summarises through positions stride - (h % n + 1) summary ... of each segment, n = stride // summary: distinct summaries per
     head, as in the Sparse Transformer.
     """
-    _positive(stride=stride, summary=summary)
-    _between("summary", summary, 1, stride)
+    _positive(stride=stride, summary=summary, **({} if heads is None else {"heads": heads}))
+    _count("summary", summary, 1, stride)
 
     def allowed(i: Tensor, j: Tensor) -> Tensor:
         head = torch.arange(heads or 1)[:, None, None] % (stride // summary)
@@ -290,7 +302,7 @@ def fixed(sequence: int, block: Size, stride: int, summary: int, heads: int | No
 
 def dilated(sequence: int, block: Size, window: int, dilation: int, *, causal: bool = True) -> Layout:
     """`window` keys, `dilation` blocks apart: block distances 0, dilation, 2 dilation ... (in blocks, since dilation inside a block saves nothing)."""
-    _positive(window=window, dilation=dilation)
+    _positive(sequence=sequence, window=window, dilation=dilation)
     br, bc = _pair("block", block)
     if br != bc:
         raise ValueError(f"block: dilated counts distances in blocks, expected a square block, got {(br, bc)}")
@@ -313,12 +325,15 @@ def document(lengths: list[int], block: Size, *, causal: bool = True) -> Layout:
 
 def document_groups(lengths: list[int]) -> Tensor:
     """(S,) int64: the document of each token, for `attention`'s `groups`."""
+    if not isinstance(lengths, (list, tuple)) or not lengths:
+        raise ValueError(f"lengths: expected a list of at least one length, got {lengths!r}")
     _positive(**{f"lengths[{n}]": length for n, length in enumerate(lengths)})
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
 def prefix_lm(sequence: int, block: Size, prefix: int) -> Layout:
     """Every key up to the query, and the first `prefix` tokens for all."""
+    _count("prefix", prefix, 0, 2**31 - 1)
     return _attention(sequence, block, lambda i, j: (j <= i) | (j < prefix))
 
 
@@ -331,6 +346,7 @@ def axial(height: int, width: int, block: Size, *, causal: bool = False) -> Layo
 def neighbourhood_2d(height: int, width: int, block: Size, radius: int, *, causal: bool = False) -> Layout:
     """Tokens of an image in row-major order: each sees those at most `radius` rows and columns away."""
     _positive(height=height, width=width)
+    _count("radius", radius, 0, 2**31 - 1)
     return _attention(
         height * width,
         block,

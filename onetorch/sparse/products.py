@@ -343,13 +343,18 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _DIRECT: dict[object, tuple[type[torch.autograd.Function], Callable[..., Tensor]]] = {_dds: (_Dds, _dds_eager), _sdd: (_Sdd, _sdd_eager)}
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether what stands in the tensor's memory is its numbers: not so where they are to be negated (the imaginary part of a conjugate) or are known zeros."""
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
 def _call(operator, *arguments):
     if torch.compiler.is_compiling():
         return operator(*arguments)
     if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[operator].apply(*arguments)
     first, second = arguments[0], arguments[1]
-    if operator in _DIRECT and type(first) in _PLAIN and type(second) in _PLAIN and first.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
+    if operator in _DIRECT and _plain(first) and _plain(second) and first.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
         function, eager = _DIRECT[operator]
         return function.apply(*arguments) if torch.is_grad_enabled() else eager(*arguments)
     return operator(*arguments)
@@ -361,7 +366,7 @@ def _call(operator, *arguments):
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the dtype it asks for; float64 is left as it is, as torch's own products do."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which meta does not know
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -372,16 +377,29 @@ def _check_tensor(name: str, tensor: Tensor, layout: Layout, least: int) -> None
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got {tensor.layout}; {name}.to_dense() is one")
     if tensor.device != layout.device:
         raise ValueError(f"{name}: expected it on {layout.device}, where the layout is, got {tensor.device}; layout.to(device) moves the layout")
     if tensor.ndim < least:
         raise ValueError(f"{name}: expected at least {least} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def _check_values(values: Tensor, layout: Layout) -> None:
-    _check_tensor("values", values, layout, 3)
+def _check_operand(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """For layers: what meets the weight must be of its dtype, which autocast sees to itself, and on its device."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.device != weight.device:
+        raise ValueError(f"{name}: expected a strided tensor on {weight.device}, where the weight is, got {tensor.layout} on {tensor.device}")
+    casts = weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type)
+    if tensor.dtype != weight.dtype and not (casts and tensor.dtype in DTYPES):
+        raise ValueError(f"{name}: expected {weight.dtype} as the weight has, got {tensor.dtype}")
+
+
+def _check_values(values: Tensor, layout: Layout, name: str = "values") -> None:
+    _check_tensor(name, values, layout, 3)
     if tuple(values.shape[-3:]) != layout.values_shape:
-        raise ValueError(f"values: expected (..., {', '.join(map(str, layout.values_shape))}) for {layout!r}, got {tuple(values.shape)}")
+        raise ValueError(f"{name}: expected (..., {', '.join(map(str, layout.values_shape))}) for {layout!r}, got {tuple(values.shape)}")
 
 
 def _check_layout(layout: Layout) -> None:
@@ -401,6 +419,21 @@ def _check_dense(name: str, dense: Tensor, layout: Layout, size: int, dim: int) 
 def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype:
         raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, got {tensor.dtype}")
+
+
+def _check_restriction(name: str, tensor: Tensor | None, shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if tensor is None:
+        return
+    expected = f"{name}: expected {shape} {str(kinds[0]).removeprefix('torch.')} on {device}"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{expected}, got {type(tensor).__name__}")
+    if tensor.shape != shape or tensor.dtype not in kinds or tensor.device != device or tensor.layout != torch.strided:
+        raise ValueError(f"{expected}, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {tensor.layout}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _canonical(x: Tensor, layout: Layout) -> Tensor:
@@ -424,7 +457,7 @@ def dds(dense: Tensor, values: Tensor, layout: Layout, *, transpose_dense: bool 
         _check_tensor("bias", bias, layout, 1)
         if tuple(bias.shape) != (outer,):
             raise ValueError(f"bias: expected ({outer},), got {tuple(bias.shape)}")
-        dense, values, bias = _cast(dense, values, bias)
+        dense, values, bias = _cast(dense, values, bias.resolve_neg())
         _check_same("bias", bias, "dense", dense)
     else:
         dense, values = _cast(dense, values)

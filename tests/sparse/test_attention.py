@@ -164,6 +164,36 @@ def test_padding_may_hold_anything(path):
         assert not bool(gradient[1, :, 21:].any())
 
 
+def test_scores_that_are_nan(path):
+    """A query of NaN has NaN for output and log-sum-exp, and a NaN counts as one whatever its lower bits are."""
+    layout = patterns.dense(32, 8)
+    q, k, v = (torch.randn(1, 1, 32, 8) for _ in range(3))
+    q[0, 0, 5] = torch.nan
+    out, lse = attention(q, k, v, layout, return_lse=True)
+    assert bool(out[0, 0, 5].isnan().all())
+    assert bool(lse[0, 0, 5].isnan())
+    assert bool(out[0, 0, 6:].isfinite().all())
+    assert bool(lse[0, 0, 6:].isfinite().all())
+    k[0, 0, 9, 0] = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)[0]
+    assert bool(attention(q, k, v, layout).isnan().all())
+
+
+def test_groups_of_64_bits(path):
+    """Numbers that are equal in their lower 32 bits are different groups."""
+    layout = patterns.dense(32, 8)
+    q, k, v = (torch.randn(1, 1, 32, 8) for _ in range(3))
+    small = torch.tensor([0, 1, 2, 3]).repeat_interleave(8)
+    large = torch.tensor([0, 2**32, -(2**32), 2**62]).repeat_interleave(8)
+    assert torch.equal(attention(q, k, v, layout, groups=large), attention(q, k, v, layout, groups=small))
+
+
+def test_order_of_32_bits(path):
+    layout, order = patterns.strided(32, 8, 4), patterns.strided_order(32, 4)
+    q, k, v = (torch.randn(1, 2, 32, 8) for _ in range(3))
+    assert torch.equal(attention(q, k, v, layout, order=order.int()), attention(q, k, v, layout, order=order))
+    assert torch.equal(decode(q[:, :, 20:21], k, v, layout, 20, order=order.int()), decode(q[:, :, 20:21], k, v, layout, 20, order=order))
+
+
 def test_bit_identical_from_call_to_call(path):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 150, 24, generator=g, requires_grad=True) for _ in range(3))
@@ -335,6 +365,34 @@ def test_decode_low_precision_and_without_causal():
     assert error(low, want) <= 2e-2
 
 
+def test_decode_and_cache_under_autocast():
+    layout = patterns.local(64, 16, 20)
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    cache = KeyValueCache(1, 2, 64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.append(k.bfloat16(), v.bfloat16())
+        got = decode(q[:, :, 40:43], cache.k, cache.v, layout, 40)
+    assert got.dtype == torch.bfloat16
+    assert error(got, decode(q[:, :, 40:43].double(), k.double(), v.double(), layout, 40)) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "message"),
+    [
+        (torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 1, 8), r"v: expected \(1, 2, 4, 8\) as k has, got \(1, 2, 1, 8\)"),
+        (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), r"k: expected \(1, 2, tokens, 8\) for a cache \(1, 2, 16, 8\), got \(1, 2, 8\)"),
+        (torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8).double(), "v: expected torch.float32 on cpu as the cache has, got torch.float64"),
+        (torch.zeros(1, 2, 17, 8), torch.zeros(1, 2, 17, 8), "k: expected up to 16 tokens"),
+        ([1.0], torch.zeros(1, 2, 4, 8), "k: expected .* got list"),
+    ],
+)
+def test_cache_wrong_arguments(k, v, message):
+    cache = KeyValueCache(1, 2, 16, 8)
+    with pytest.raises(ValueError, match=message):
+        cache.append(k, v)
+    assert cache.length == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -342,10 +400,16 @@ def test_decode_low_precision_and_without_causal():
         ({"start": -1}, "start: expected 2 tokens from -1 on"),
         ({"k": torch.zeros(2, 3, 16, 4), "v": torch.zeros(2, 3, 16, 4)}, r"k, v: expected \(2, a divisor of 4, tokens, 4\)"),
         ({"q": torch.zeros(4, 2, 4)}, "q: expected"),
-        ({"v": torch.zeros(2, 2, 16, 4).double()}, "v: expected .* of one dtype on cpu, got .* torch.float64"),
+        ({"v": torch.zeros(2, 2, 16, 4).double()}, "v: expected .* of one floating dtype on cpu, got .* torch.float64"),
         ({"key_padding": torch.ones(2, 15, dtype=torch.bool)}, r"key_padding: expected \(2, 16\) bool"),
+        ({"key_padding": torch.ones(2, 16, dtype=torch.bool, device="meta")}, r"key_padding: expected \(2, 16\) bool on cpu, got .* on meta"),
         ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
         ({"order": torch.zeros(15).long()}, r"order: expected \(16,\)"),
+        ({"order": torch.zeros(16).long()}, r"order: expected a permutation of 0\.\.15"),
+        ({"groups": torch.zeros(16)}, r"groups: expected \(16,\) int64 on cpu, got \(16,\) torch.float32"),
+        ({"q": torch.zeros(2, 4, 2, 4).int()}, "q: expected .* of one floating dtype"),
+        ({"start": 1.5}, "start: expected an int, got float"),
+        ({"scale": "x"}, "scale: expected a number, got str"),
         ({"layout": Layout.from_mask(torch.ones(3, 2, 2, dtype=torch.bool), 8)}, "layout: expected one for all heads or 4"),
     ],
 )
@@ -376,6 +440,11 @@ def test_under_vmap(path):
     masks = torch.ones(3, *layout.values_shape, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask: expected the same for every element of vmap"):
         torch.func.vmap(lambda m: attention(q[0], k[0], v[0], layout, mask=m))(masks)
+    tokens = torch.arange(q.shape[3]).repeat(3, 1)
+    with pytest.raises(ValueError, match="groups: expected the same for every element of vmap"):
+        torch.func.vmap(lambda t: attention(q[0], k[0], v[0], layout, groups=t))(tokens)
+    with pytest.raises(ValueError, match="order: expected the same for every element of vmap"):
+        torch.func.vmap(lambda t: attention(q[0], k[0], v[0], layout, order=t))(tokens)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +462,13 @@ def test_under_vmap(path):
         ({"key_padding": torch.ones(2, 15, dtype=torch.bool)}, r"key_padding: expected \(2, 16\) bool"),
         ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
         ({"groups": torch.zeros(15, dtype=torch.int64)}, r"groups: expected \(16,\) int64"),
+        ({"groups": [0] * 16}, r"groups: expected \(16,\) int64 on cpu, got list"),
+        ({"key_padding": [True]}, r"key_padding: expected \(2, 16\) bool on cpu, got list"),
+        ({"q": torch.zeros(2, 4, 16, 0), "k": torch.zeros(2, 2, 16, 0)}, "q: expected a depth of at least 1"),
+        ({"k": torch.zeros(2, 2, 16, 4).to_sparse()}, "k: expected a strided tensor, got torch.sparse_coo"),
+        ({"scale": [1.0]}, "scale: expected a number, got list"),
+        ({"dropout": "x"}, "dropout: expected a number, got str"),
+        ({"dropout": 0.5, "seed": 1.5}, "seed: expected an int of 64 bits .* got 1.5"),
         ({"dropout": 1.0}, r"dropout: expected a share in 0\.\.1, not 1, got 1.0"),
         ({"dropout": 0.5, "seed": torch.zeros(2).long()}, r"seed: expected an int or \(1,\) int64 on cpu, got \(2,\)"),
         ({"order": torch.zeros(16)}, r"order: expected \(16,\) int64"),

@@ -136,6 +136,15 @@ def test_sparse_times_sparse_in_chunks_and_to_second_order(monkeypatch):
     assert torch.autograd.gradgradcheck(lambda a, b: sss(a, b, a_layout, b_layout)[0], (a, b), fast_mode=True)
 
 
+def test_sparse_times_sparse_under_autocast():
+    """Sums are carried in float32."""
+    layout, other = patterns.dense((16, 24), 8), patterns.dense((24, 8), 8)
+    a, b = torch.randn(layout.values_shape), torch.randn(other.values_shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, _ = sss(a, b, layout, other)
+    assert torch.equal(values, sss(a, b, layout, other)[0])
+
+
 def test_wrong_arguments():
     layout, other = patterns.dense((16, 24), 8), patterns.dense((24, 8), 8)
     a, b = torch.zeros(layout.values_shape), torch.zeros(other.values_shape)
@@ -143,8 +152,10 @@ def test_wrong_arguments():
         (lambda: softmax(a[1:], layout), r"values: expected \(\.\.\., 6, 8, 8\)"),
         (lambda: softmax(a.long(), layout), "values: expected one of"),
         (lambda: softmax(a, layout, mask=torch.ones(6, 8, 8)), r"mask: expected \(6, 8, 8\) bool"),
+        (lambda: softmax(a, layout, mask=[True]), r"mask: expected \(6, 8, 8\) bool on cpu, got list"),
+        (lambda: softmax(a, layout, scale=None), "scale: expected a number, got NoneType"),
         (lambda: softmax(a, layout.mask), "layout: expected a Layout, got Tensor"),
-        (lambda: sss(a, b, layout, layout), r"values: expected \(\.\.\., 6, 8, 8\)"),
+        (lambda: sss(a, b, layout, layout), r"b: expected \(\.\.\., 6, 8, 8\)"),
         (lambda: sss(a, a, layout, layout), "other: expected 24 rows in blocks of 8 and heads None on cpu"),
         (lambda: sss(a, b.double(), layout, other), "b: expected leading dimensions .* torch.float32 as a has"),
         (lambda: sss(a, b, layout, other, layout), "other: expected shape"),

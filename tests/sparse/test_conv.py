@@ -245,6 +245,17 @@ def test_edge_bias_by_counting(dims, stride, padding, dilation):
         assert torch.autograd.gradcheck(lambda y, gain, bias: torch.func.functional_call(layer, {"gain": gain, "bias": bias}, (y,)), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_another_dtype_than_the_weights(monkeypatch, faster):
+    """The products read memory as the dtype of x: it must be the weight's."""
+    monkeypatch.setattr(Conv2d, "_dense_is_faster", lambda *_: faster)
+    layer = Conv2d(24, 16, 3, patterns.dense((16, 24), 8))
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as the weight has, got torch\.float64"):
+        layer(torch.zeros(1, 24, 5, 5).double())
+    with pytest.raises(ValueError, match=r"x: expected torch\.float64 as the weight has, got torch\.float32"):
+        layer.double()(torch.zeros(1, 24, 5, 5))
+
+
 def test_wrong_arguments():
     layout = patterns.dense((16, 24), 8)
     for call, message in (
@@ -257,6 +268,9 @@ def test_wrong_arguments():
         (lambda: Conv2d(24, 16, 3, layout, padding=-1), "padding: expected an int or 2 ints, each at least 0"),
         (lambda: Conv2d(24, 16, 3, layout)(torch.zeros(1, 16, 5, 5)), r"x: expected \(batch, 24, 2 sizes\), got \(1, 16, 5, 5\)"),
         (lambda: Conv2d(24, 16, 3, layout)(torch.zeros(1, 24, 2, 5)), r"x: expected sizes that hold the kernel \(3, 3\)"),
+        (lambda: Conv2d(24, 16, 3, layout)([1.0]), "x: expected a tensor, got list"),
+        (lambda: Conv2d(24, 16, 3, layout)(torch.zeros(1, 24, 5, 5, device="meta")), "x: expected a strided tensor on cpu, .* got torch.strided on meta"),
+        (lambda: EdgeBias(4, (5,), 3, padding=1)(torch.zeros(1, 4, 5).double()), "y: expected torch.float32 as the weight has, got torch.float64"),
         (lambda: EdgeBias(4, (5, 5, 5, 5), 3), "input_size: expected 1 to 3 sizes"),
         (lambda: EdgeBias(4, (2,), 3), "input_size: expected sizes that hold the kernel"),
         (lambda: EdgeBias(4, (5,), 3)(torch.zeros(1, 4, 5)), r"y: expected \(batch, 4, 3\), got \(1, 4, 5\)"),

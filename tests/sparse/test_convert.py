@@ -106,3 +106,23 @@ def test_openai_blocksparse(z_order):
     with pytest.raises(ValueError, match="layout: openai/blocksparse has square blocks"):
         to_blocksparse(torch.zeros(1, 8, 16), Layout.from_mask(torch.ones(1, 1, dtype=torch.bool), (8, 16)))
     assert math.prod(weight.shape) == layer.weight.numel()
+
+
+def test_wrong_arguments():
+    layout = patterns.dense((16, 24), 8)
+    values = torch.zeros(6, 8, 8)
+    for call, message in (
+        (lambda: to_bsr(values[:5], layout), r"values: expected \(\.\.\., 6, 8, 8\)"),
+        (lambda: to_bsr(values[None], layout), r"values: expected \(6, 8, 8\), one set, got \(1, 6, 8, 8\)"),
+        (lambda: to_bsr(1.0, layout), "values: expected a tensor, got float"),
+        (lambda: to_bsr(values, layout.mask), "layout: expected a Layout, got Tensor"),
+        (lambda: to_scipy(values[:, :4], layout), r"values: expected \(\.\.\., 6, 8, 8\)"),
+        (lambda: to_scipy(values.bfloat16(), layout), "values: numpy has no bfloat16"),
+        (lambda: from_bsr(1.0), "tensor: expected a sparse BSR matrix, got float"),
+        (lambda: from_block_mask(values), "block_mask: expected a BlockMask, got Tensor"),
+        (lambda: to_block_mask(layout, mask=[True]), r"mask: expected \(6, 8, 8\) bool on cpu, got list"),
+        (lambda: from_blocksparse(values, layout.mask.numpy()), "their_layout: expected a tensor, got ndarray"),
+        (lambda: from_blocksparse(values.to("meta"), layout.mask), "weight: expected a strided tensor that has values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -98,9 +98,24 @@ def test_measured_once_and_kept(monkeypatch, tmp_path):
 
 def test_a_real_measurement_touches_no_generator():
     before = torch.get_rng_state()
-    assert 0 < costs._measure(torch.float32, (32, 32), 64) <= costs.NEVER
-    assert 0 < costs._measure(torch.float32, (32, 32), 64, "sdd") <= costs.NEVER
+    with torch.device("meta"):  # nor does it matter what the default device is
+        assert 0 < costs._measure(torch.float32, (32, 32), 64) <= costs.NEVER
+        assert 0 < costs._measure(torch.float32, (32, 32), 64, "sdd") <= costs.NEVER
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": 1}, "layout: expected a Layout, got int"),
+        ({"tokens": -1}, "tokens: expected a number of them, got -1"),
+        ({"dtype": torch.int32}, "dtype: expected one of float32, float64, bfloat16, float16, got torch.int32"),
+    ],
+)
+def test_choice_of_wrong_arguments(change, message):
+    layout = Layout.from_mask(torch.ones(2, 2, dtype=torch.bool), 8)
+    with pytest.raises(ValueError, match=message):
+        costs.choice(**({"layout": layout, "tokens": 4} | change))
 
 
 def test_tma_is_measured_once_and_never_in_a_capture(monkeypatch, tmp_path):

@@ -240,6 +240,10 @@ def test_it_finds_the_inputs_that_matter():
     ("change", "message"),
     [
         ({"model": nn.Linear(2, 2)}, "model: expected at least one layer of onetorch.sparse, got Linear without any"),
+        ({"model": 1}, "model: expected a module, got int"),
+        ({"optimizer": [1]}, "optimizer: expected an optimizer or a tuple of them, got list"),
+        ({"every": 1.5}, "every: expected a number of steps, got 1.5"),
+        ({"fraction": "x"}, "fraction: expected a number, got str"),
         ({"grow": "magnitude"}, 'grow: expected "random", "gradient" or None, got'),
         ({"grow": None}, "density: expected a final density where nothing is grown"),
         ({"every": 0}, "every: expected at least 1 step, got 0"),

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onetorch.sparse import MLP, Layout, Linear, Projection, patterns
+from onetorch.sparse import MLP, Conv2d, Layout, Linear, Projection, patterns
 
 
 def layer(bias=True, shape=(100, 72), block=(16, 8), seed=0, dtype=None):
@@ -120,6 +120,24 @@ def test_the_layout_is_loaded_with_the_weights():
         layer(seed=3).load_state_dict(broken)
 
 
+def test_parameters_that_are_yet_to_come():
+    """On meta a layer has no numbers, but knows its blocks."""
+    want = layer(seed=1)
+    empty = Linear(72, 100, want.layout, device="meta")
+    assert empty.weight.is_meta
+    assert empty.bias.is_meta
+    assert empty.layout == want.layout
+    filled = empty.to_empty(device="cpu")
+    assert torch.equal(filled.layout_mask, want.layout.mask)
+    filled.reset_parameters()
+    filled.load_state_dict(want.state_dict())
+    x = torch.randn(3, 72)
+    assert torch.equal(filled(x), want(x))
+    conv = Conv2d(72, 100, 3, want.layout, device="meta").to_empty(device="cpu")
+    conv.reset_parameters()
+    assert conv(torch.randn(1, 72, 5, 5)).shape == (1, 100, 3, 3)
+
+
 def test_moves_and_copies():
     sparse = layer()
     assert layer(dtype=torch.bfloat16).weight.dtype == torch.bfloat16
@@ -197,6 +215,12 @@ def test_projection():
         narrow.gather(y)
     with pytest.raises(ValueError, match=r"y: expected leading dimensions \(3,\) as x has, got \(2, 10\)"):
         narrow.scatter_add(x, y[:2])
+    with pytest.raises(ValueError, match=r"y: expected torch\.float64 as x has, got torch\.int64"):
+        narrow.scatter_mul(x, y.long())
+    with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 40\), got list"):
+        narrow.scatter_add([1.0], y)
+    with pytest.raises(ValueError, match=r"stride: expected 1\.\.8, got 1\.5"):
+        Projection(8, stride=1.5)
 
 
 def test_wrong_arguments():
@@ -205,3 +229,9 @@ def test_wrong_arguments():
         Linear(64, 32, layout)
     with pytest.raises(ValueError, match="layout: expected a Layout, got Tensor"):
         Linear(32, 64, layout.mask)
+    with pytest.raises(ValueError, match=r"dtype: expected one of .*, got torch\.complex64"):
+        Linear(32, 64, layout, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="x: expected a tensor, got list"):
+        Linear(32, 64, layout)([1.0])
+    with pytest.raises(ValueError, match=r"linear: expected an nn\.Linear, got Linear"):
+        Linear.from_linear(Linear(32, 64, layout), layout)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onetorch.sparse import Layout
+from onetorch.sparse import Layout, dds
 
 # three block rows, four block columns:   x . x .
 #                                         . . . .
@@ -135,6 +135,49 @@ def test_from_indices():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Layout.from_mask(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: Layout.from_mask(p.mask, 8.0), r"block: expected an int or a pair of ints, got 8\.0"),
+        (lambda p: Layout.from_mask(p.mask, 8, None.__class__), "shape: expected an int or a pair of ints, got <class"),
+        (lambda p: Layout.from_mask(p.mask.to("meta"), 8), "mask: expected a strided tensor that has values, got torch.strided on meta"),
+        (lambda p: Layout.from_mask(p.mask.to_sparse(), 8), "mask: expected a strided tensor that has values, got torch.sparse_coo"),
+        (lambda p: Layout.from_indices(torch.tensor([0]), torch.tensor([0]), 4, 8), "grid: expected positive ints, got 4"),
+        (lambda p: Layout.from_indices(torch.tensor([0]), torch.tensor([0]), (2**20, 2**20), 8), "grid: .* more than the 32-bit index can count"),
+        (lambda p: p.to("nowhere"), "device: expected a torch.device or its name, got 'nowhere'"),
+        (lambda p: p.to("meta").to("cpu"), "device: expected meta, where this layout is and has no blocks to move, got cpu"),
+        (lambda p: p.permute([0, 1]), "rows: expected int64 indices, got list"),
+        (lambda p: p.permute(torch.tensor([0.0, 1.0])), "rows: expected int64 indices, got torch.float32"),
+        (lambda p: p.crop(1.5, 8), r"rows, columns: expected 1\.\.16 and 1\.\.24"),
+        (lambda p: p.picture(0), "width: expected at least 1 character, got 0"),
+        (lambda p: p.with_mask([True], 1), r"mask: expected \(2, 3\) bool on cpu, got list"),
+        (lambda p: p.to_dense([1.0]), r"values: expected \(\.\.\., 3, 8, 8\), got list"),
+        (lambda p: p.to_dense(torch.zeros(3, 8, 8, device="meta")), r"values: expected \(\.\.\., 3, 8, 8\), strided, on cpu"),
+        (lambda p: p.from_dense(torch.zeros(16, 24, device="meta")), r"dense: expected \(\.\.\., 16, 24\), strided, on cpu"),
+        (lambda p: p.transpose_values(torch.zeros(3, 8, 9)), r"values: expected \(\.\.\., 3, 8, 8\), got \(3, 8, 9\)"),
+        (lambda p: Layout.from_state({"mask": p.mask, "block": torch.tensor(8), "shape": torch.tensor([16, 24])}), "state: expected block as"),
+    ],
+)
+def test_wrong_kinds_of_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(Layout.from_mask(torch.tensor([[True, False, True], [False, True, False]]), 8))
+
+
+def test_permutation_of_32_bits():
+    layout = Layout.from_mask(torch.tensor([[True, False], [False, False]]), 8)
+    assert layout.permute(torch.tensor([1, 0], dtype=torch.int32)).mask.tolist() == [[False, False], [True, False]]
+
+
+def test_made_in_inference_mode_it_trains():
+    with torch.inference_mode():
+        layout = Layout.from_mask(torch.eye(2, dtype=torch.bool), 8)
+        turned = layout.with_mask(layout.mask.flip(0), 2)
+    for one in (layout, turned):
+        x = torch.ones(1, 16, requires_grad=True)
+        dds(x, torch.ones(2, 8, 8, requires_grad=True), one).sum().backward()
+        assert x.grad.tolist() == [[8.0] * 16]
 
 
 def test_words_and_picture():

@@ -90,6 +90,19 @@ def test_dropout_only_while_training():
     assert torch.equal(layer(x), layer(x))
 
 
+def test_writes_token_by_token_under_autocast():
+    """The cache is in the dtype of the weights, queries in that of autocast."""
+    torch.manual_seed(0)
+    layer, x = MultiheadAttention(32, 4, patterns.local(24, 8, 10), causal=True), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = layer.new_cache(2)
+            got = torch.cat([layer(part, cache=cache) for part in x.split([10, 1, 13], 1)], 1)
+    assert got.dtype == torch.bfloat16
+    assert float((got - want).abs().max()) < 0.03 * float(want.abs().max())
+
+
 def test_wrong_arguments():
     layout = patterns.causal(16, 8)
     for arguments, message in (
@@ -104,10 +117,22 @@ def test_wrong_arguments():
         MultiheadAttention(16, 4, layout, key_heads=3)
     with pytest.raises(ValueError, match=r"dropout: expected a share in 0\.\.1, not 1, got 1"):
         MultiheadAttention(16, 4, layout, dropout=1)
+    with pytest.raises(ValueError, match=r"groups: expected \(16,\) int64 on cpu, got \(15,\) torch\.int64"):
+        MultiheadAttention(16, 4, layout, groups=torch.zeros(15).long())
+    with pytest.raises(ValueError, match=r"features: expected an int, at least 1, got 16\.0"):
+        MultiheadAttention(16.0, 4, layout)
     layer = MultiheadAttention(16, 4, layout, order=torch.arange(16))
     with pytest.raises(ValueError, match=r"x: expected \(batch, tokens, 16\), got \(2, 16\)"):
         layer(torch.zeros(2, 16))
     with pytest.raises(ValueError, match=r"x: expected 1\.\.16 tokens, as many as the layout has left, got 17"):
         layer(torch.zeros(1, 17, 16))
+    cache = layer.new_cache(1)
+    with pytest.raises(ValueError, match=r"key_padding: expected \(1, 3\) bool on cpu, got \(1, 2\)"):
+        layer(torch.zeros(1, 3, 16), cache=cache, key_padding=torch.ones(1, 2, dtype=torch.bool))
+    assert cache.length == 0
+    with pytest.raises(ValueError, match="cache: expected a KeyValueCache, got int"):
+        layer(torch.zeros(1, 3, 16), cache=1)
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as the weight has, got torch\.float64"):
+        layer(torch.zeros(1, 16, 16).double())
     with pytest.raises(ValueError, match="x: expected the layout's 16 tokens, since it has an order or a mask of its own, got 9"):
         layer(torch.zeros(1, 9, 16))

@@ -321,6 +321,8 @@ def test_empty_batch_and_no_blocks(path):
         (lambda p, x, z, v: dds(x.to("meta"), v, p), "dense: expected it on cpu, where the layout is, got meta"),
         (lambda p, x, z, v: dds(x, v, p.to("meta")), "values: expected it on meta"),
         (lambda p, x, z, v: dds([1.0], v, p), "dense: expected a tensor, got list"),
+        (lambda p, x, z, v: dds(x.to_sparse(), v, p), r"dense: expected a strided tensor, got torch.sparse_coo; dense.to_dense\(\) is one"),
+        (lambda p, x, z, v: dds(x, v.float().to_mkldnn(), p), "values: expected a strided tensor, got torch._mkldnn"),
         (lambda p, x, z, v: dds(x, v, p, bias=x[0, 0]), r"bias: expected \(24,\), got \(20,\)"),
         (lambda p, x, z, v: dsd(v, z, p), r"dense: expected size 24 in dimension -2"),
         (lambda p, x, z, v: sdd(x, z, p), r"a: expected size 20 in dimension -2"),
@@ -334,6 +336,41 @@ def test_wrong_arguments(call, message):
     layout, x, z, values = small()
     with pytest.raises(ValueError, match=message):
         call(layout, x.detach(), z.detach(), values.detach())
+
+
+def test_another_default_device(path):
+    """Results go where the operands are."""
+    layout, x, z, values = small()
+    expected = dds(x, values, layout), sdd(x, z, layout, transpose_a=True)
+    with torch.device("meta"):
+        y, kept = dds(x, values, layout), sdd(x, z, layout, transpose_a=True)
+        y.sum().backward()
+    assert torch.equal(y, expected[0])
+    assert torch.equal(kept, expected[1])
+    assert x.grad.device == torch.device("cpu")
+
+
+def test_meta_tensors_have_shapes():
+    layout, x, z, values = small()
+    layout, x, z, values = layout.to("meta"), x.to("meta"), z.to("meta"), values.to("meta")
+    assert dds(x, values, layout).shape == (2, 3, 24)
+    assert sdd(x, z, layout, transpose_a=True).shape == (2, 4, 8, 16)
+
+
+def test_numbers_that_memory_does_not_hold(path):
+    """The imaginary part of a conjugate is a view of what is to be negated; a tensor that is known to be zero has no memory."""
+    layout, x, z, values = small()
+
+    def negated(t):
+        return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+    y, kept = dds(x, values, layout, bias=z[0, 0]), sdd(x, z, layout, transpose_a=True)
+    assert torch.allclose(dds(negated(x), negated(values), layout, bias=negated(z[0, 0])), y)
+    assert torch.allclose(sdd(negated(x), negated(z), layout, transpose_a=True), kept)
+    for got, wanted in zip(torch.autograd.grad(y, (x, values), negated(z)), torch.autograd.grad(dds(x, values, layout), (x, values), z), strict=True):
+        assert torch.allclose(got, wanted)
+    zero = torch._efficientzerotensor((3, 20), dtype=torch.float64)
+    assert not bool(dds(zero, values, layout).any())
 
 
 def test_vmap(path):

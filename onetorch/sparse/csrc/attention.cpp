@@ -23,8 +23,8 @@ template <int N> inline vec<float, N> exponential(vec<float, N> x) {  // to 1e-7
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  I bits = (I)p + ((I)shifted << 23);
-  return under ? F{} : (F)bits;
+  const I power = ((I)shifted << 23) + (127 << 23);  // multiplied and not added to the bits of p: a NaN stays one
+  return under ? F{} : p * (F)power;
 }
 template <int N> inline vec<double, N> exponential(vec<double, N> x) {
   for (int e = 0; e < N; e++) x[e] = std::exp(x[e]);
@@ -229,8 +229,8 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const int64_t
       Acc factor[NR];
       for (int e = 0; e < NR; e++) {
         const Acc sum = l[e / VW][e % VW], most = m[e / VW][e % VW];
-        factor[e] = most == none ? Acc(0) : Acc(1) / sum;
-        if (row0 + e < p.S) lse[(b * p.H + h) * p.S + row0 + e] = most == none ? none : most + std::log(sum);
+        factor[e] = sum == Acc(0) ? Acc(0) : Acc(1) / sum;  // 0: nothing was seen; scores that are all NaN have no maximum either, but their sum is NaN
+        if (row0 + e < p.S) lse[(b * p.H + h) * p.S + row0 + e] = most + std::log(sum);
       }
       write_rows<Acc, T, NR>(out + ((b * p.H + h) * p.S + row0) * p.Dv, o, factor, row1 - row0, p.Dv, p.Dv);
     }
