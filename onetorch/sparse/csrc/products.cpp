@@ -68,12 +68,13 @@ void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, i
             V acc[ROWS][NV];
             UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = sums.data[(row + i) * NV + j]; }
             for (int64_t t = first + begin; t < first + std::min(n, begin + span); t++) {
-              const char *values = reinterpret_cast<const char*>(w + (t * bn + row) * bk), *later = values + window;
+              const char *values = reinterpret_cast<const char*>(w + (t * bn + row) * bk), *later = values + window, *soon = values + window / 4;
               const T* tokens = X.data + g * TOKENS * K + side.rows[t] * bk * TOKENS;
-              for (int64_t k = 0; k < line; k += chunk * sizeof(T), tokens += TOKENS * chunk, later += bytes) {
+              for (int64_t k = 0; k < line; k += chunk * sizeof(T), tokens += TOKENS * chunk, later += bytes, soon += bytes) {
                 const char* at[ROWS / 4];  // few addresses for many rows
                 UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * line + k;
-                UNROLL for (int e = 0; e < bytes; e += 64) __builtin_prefetch(later + e);
+                UNROLL for (int e = 0; e < bytes; e += 64) __builtin_prefetch(later + e, 0, 2);  // to the second-level cache: far more can be on the way there than to the first
+                if (line > 128) { UNROLL for (int e = 0; e < bytes; e += 64) __builtin_prefetch(soon + e); }  // rows so long that the machine cannot tell what comes next
                 vec<U, VW> v[NV];
                 UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW * Mode<T>::P);
                 UNROLL for (int i = 0; i < ROWS; i++) {
@@ -113,12 +114,13 @@ bool try_few(const T* x, int64_t G, int64_t H, int64_t M, int64_t K, int64_t xm,
   using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
   if constexpr (std::is_same<T, E>::value) {
     constexpr int VW = kVectorBytes / int(sizeof(Acc)), ROWS = kVectorBytes == 32 ? 8 : 16, P = Mode<T>::P;
+    const bool all = kVectorBytes == 64 ? bn == ROWS : bn % ROWS == 0;  // eight rows are as many as the widest vectors need: the fewer, the more the values are read in the order in which they stand
     const int64_t most = bk * bn > 64 ? 64 : 512;  // tokens: for the smallest blocks `many` is no help
     if (G != 1 || H != 1 || M > most || wk != 1 || side.order || K != side.R * bk || N != side.C * bn) return false;
     auto run = [&](auto vectors, auto share) {
       constexpr int NV = vectors(), S = share();
-      if (bn % ROWS) few<T, VW, NV, S, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
-      else few<T, VW, NV, S, ROWS / NV>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      if (all) few<T, VW, NV, S, ROWS / NV>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
+      else few<T, VW, NV, S, 8>(x, M, K, xm, xk, w, bk, bn, side, bias, y, N, threads);
       return true;
     };
     std::integral_constant<int, 1> one;
