@@ -162,7 +162,7 @@ def dds(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: tup
     _check(
         lib.onetorch_dds(
             DTYPES[x.dtype], x.data_ptr(), _longs(*x.shape), _longs(*x.stride()), values.data_ptr(), per_batch, *block, *stride,
-            offsets, rows, order, *size, bias_at, y.data_ptr(), columns, _threads(max(G * M, 4) * values[0].numel()),
+            offsets, rows, order, *size, bias_at, y.data_ptr(), columns, _threads(max(G * M, 4) * kept * br * bc),
         )
     )  # fmt: skip
     return y
