@@ -260,10 +260,10 @@ class PrioritizedReplay(Replay):
         return self.tree.find((u + torch.arange(batch, device=u.device)) / batch)
 
     def weights(self, rows: Tensor, beta: float) -> Tensor:
-        """w_i = (N P(i))^-beta, divided by the greatest of the batch, float32 for rows (…, B): what undoes the bias of the draw, wholly at beta = 1."""
+        """w_i = (N P(i))^-beta, divided by the greatest of the batch: (B,) float32, what undoes the bias of drawing `rows` by priority; wholly at beta = 1."""
         chance = self.tree[rows] / self.tree.total()
         weight = (len(self) * chance) ** -beta
-        return (weight / weight.amax(-1, keepdim=True)).float()
+        return (weight / weight.max()).float()
 
     def prioritize(self, rows: Tensor, td_error: Tensor) -> None:
         """Give the transitions in `rows` (B,) the priorities |td_error| + 1e-6, td_error (B,)."""

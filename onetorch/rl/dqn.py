@@ -33,7 +33,7 @@ Speed: nets this small are bound by the number of calls, so N environments are s
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -227,36 +227,35 @@ def explore(config: Config, state: State, epsilon: float, run: Run) -> Callable[
     return begin(T - 1)
 
 
-def batches(config: Config, state: State, beta: float) -> Iterator[tuple[Batch, Tensor | float, Tensor | None, Tensor]]:
-    """The transitions, discounts, importance weights (None: all alike) and rows of a round's gradient steps, drawn for all of them at once: with priorities
-    as they are before the first, since to draw one batch at a time takes as long as to learn from it."""
-    replay, updates, B = state.replay, config.updates, config.batch_size
-    rows = replay.draw(updates * B, state.generator)
-    weights: Iterable[Tensor | None] = repeat(None)
-    if isinstance(replay, PrioritizedReplay):
-        rows = rows.view(B, updates).T.flatten()  # they come in the order of the memory, and each batch is to have some of all of it
-        weights = replay.weights(rows.view(updates, B), beta)
-    batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
-    discounts = discount.split(B) if isinstance(discount, Tensor) else repeat(discount)
-    for *columns, k, weight, part in zip(*(x.split(B) for x in batch), discounts, weights, rows.split(B), strict=False):
-        yield Batch(*columns), k, weight, part
+def batches(config: Config, state: State) -> Iterator[tuple[Tensor, Batch, Tensor | float]]:
+    """The rows, transitions and discounts of a round's gradient steps: of all at once, or with priorities, which each step changes, one by one."""
+    replay, sizes = state.replay, [config.batch_size] * config.updates
+    for count in sizes if config.priority else [sum(sizes)]:
+        rows = replay.draw(count, state.generator)
+        batch, discount = replay.gather_n(rows, config.n_step, config.gamma)
+        discounts = discount.split(config.batch_size) if isinstance(discount, Tensor) else repeat(discount)
+        for part, *columns, k in zip(rows.split(config.batch_size), *(x.split(config.batch_size) for x in batch), discounts, strict=False):
+            yield part, Batch(*columns), k
 
 
 def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0) -> dict[str, Any]:
     """A round of gradient steps, with `left` of the step size. Returns what was seen in the last of them, before its step: loss and grad_norm, q and y (B,)."""
-    model, replay, optimizer, h, errors = state.model, state.replay, state.optimizer, config.huber, []
-    for batch, discount, weight, rows in batches(config, state, beta):
+    model, replay, optimizer = state.model, state.replay, state.optimizer
+    for rows, batch, discount in batches(config, state):
         y = td_target(model, state.target, batch, discount, config.double, config.clipped)
         act, values = batch.act.unsqueeze(1), model(batch.obs)
         q = values.detach().gather(1, act).squeeze(1)
         error = q - y
+        weight = replay.weights(rows, beta) if isinstance(replay, PrioritizedReplay) else None
+        h = config.huber
         loss = F.huber_loss(q, y, delta=h) if weight is None else (weight * F.huber_loss(q, y, reduction="none", delta=h)).mean()
         # dL/dQ(s, a) = w clamp(error, -h, h) / B, which Mnih et al. call clipping the error: given to autograd as it is, that is a third of its calls.
         slope = error.clamp(-h, h) / config.batch_size
         slopes = torch.zeros_like(values).scatter_(1, act, (slope if weight is None else slope * weight).unsqueeze(1))
         optimizer.zero_grad()
         values.backward(slopes)
-        errors.append((rows, error))
+        if isinstance(replay, PrioritizedReplay):
+            replay.prioritize(rows, error)
         grad_norm = optimizer.clip(config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
         optimizer.step(left)
@@ -264,8 +263,6 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         if state.updates % config.target_every == 0:
             with torch.no_grad():
                 torch._foreach_lerp_(list(state.target.parameters()), list(model.parameters()), config.tau)
-    if isinstance(replay, PrioritizedReplay):
-        replay.prioritize(*(torch.cat(parts) for parts in zip(*errors, strict=True)))
     run.phase("update")
     return {"loss": loss, "q": q, "y": y, "grad_norm": grad_norm}
 

@@ -203,27 +203,6 @@ def test_importance_weights_undo_the_priorities(tmp_path: Path) -> None:
     assert state.replay.tree[torch.arange(3)].tolist() == pytest.approx([0.5, 0, 3], abs=2e-6)
 
 
-def test_each_batch_of_a_round_is_drawn_by_the_priorities_before_it(tmp_path: Path) -> None:
-    """Of the range of each priority, 1, 2 and 5 of 8, every batch gets its share; what is drawn twice keeps its last error."""
-    state, run = linear(config := dataclasses.replace(SMALL, gamma=0.5, batch_size=800, updates=3, priority=1.0, lr=0.1), tmp_path / "run")
-    assert isinstance(state.replay, PrioritizedReplay)
-    state.replay.prioritize(torch.arange(3), torch.tensor([1.0, 2.0, 5.0]))
-    drawn = list(dqn.batches(config, state, 1.0))
-    assert len(drawn) == 3
-    for batch, discount, weight, rows in drawn:
-        assert batch.obs.shape == (800, 1)
-        assert discount == 0.5
-        assert torch.bincount(rows).tolist() == pytest.approx([100, 200, 500], abs=1)
-        assert weight is not None
-        assert torch.allclose(weight, torch.tensor([1.0, 0.5, 0.2])[rows])
-        assert torch.equal(batch.reward, torch.tensor([0.0, 1.0, 4.0])[rows])
-    with run:
-        seen = dqn.learn(config, state, 1.0, run)
-    assert state.updates == 3
-    error = (seen["q"] - seen["y"]).abs().unique()  # before the third step
-    assert state.replay.tree[torch.arange(3)].sort().values.tolist() == pytest.approx(error.tolist(), abs=2e-6)
-
-
 def test_target_is_a_copy_or_an_average(tmp_path: Path) -> None:
     for tau, every in ((1.0, 3), (0.25, 1)):
         config = dataclasses.replace(SMALL, tau=tau, target_every=every, updates=1, dueling=True)
