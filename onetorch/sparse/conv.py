@@ -456,7 +456,7 @@ class EdgeBias(nn.Module):
         dims = len(input_size)
         input_size = _sizes("input_size", input_size, dims, 1)
         if type(channels) is not int or channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels!r}")
+            raise ValueError(f"channels: expected an int, at least 1, got {channels!r}")
         kernel, stride, dilation = (_sizes(*pair, dims, 1) for pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))
         outside, size = torch.zeros(1, 1, dtype=torch.bool), []
         for n, k, s, d, (before, after) in zip(input_size, kernel, stride, dilation, _ends(padding, kernel, stride, dilation), strict=True):

@@ -154,7 +154,7 @@ def choice(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> s
     if not isinstance(layout, Layout):
         raise ValueError(f"layout: expected a Layout, got {type(layout).__name__}")
     if type(tokens) is not int or tokens < 0:
-        raise ValueError(f"tokens: expected a number of them, got {tokens!r}")
+        raise ValueError(f"tokens: expected an int, at least 0, got {tokens!r}")
     if dtype not in cpu.DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(str(d).removeprefix('torch.') for d in cpu.DTYPES)}, got {dtype}")
     if layout.device.type != "cpu" or cpu.library() is None:

@@ -347,7 +347,7 @@ class Projection(nn.Module):
         if sum(given is not None for given in (index, count, stride)) != 1:
             raise ValueError("index, count, stride: expected exactly one of them")
         if type(features) is not int or features < 1:
-            raise ValueError(f"features: expected at least 1, got {features!r}")
+            raise ValueError(f"features: expected an int, at least 1, got {features!r}")
         if index is not None:
             if not isinstance(index, Tensor):
                 raise ValueError(f"index: expected different int64 entries in 0..{features - 1}, got {type(index).__name__}")

@@ -215,7 +215,7 @@ class Layout:
         stand below each other.
         """
         if type(width) is not int or width < 1:
-            raise ValueError(f"width: expected at least 1 character, got {width!r}")
+            raise ValueError(f"width: expected an int, at least 1 character, got {width!r}")
         R, C = self.grid
         step = -(-C // width)
         parts = []

@@ -238,7 +238,7 @@ def _attention(sequence: int, block: Size, allowed: Callable[[Tensor, Tensor], T
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise ValueError(f"{name}: expected at least 1 token, got {size!r}")
+            raise ValueError(f"{name}: expected an int, at least 1 token, got {size!r}")
 
 
 def causal(sequence: int, block: Size) -> Layout:

@@ -217,6 +217,13 @@ def test_sum_tree_never_finds_a_zero() -> None:
     assert (int(found[0]), int(found[-1])) == (0, int(there[-1]))
 
 
+def test_of_an_index_that_comes_twice_the_last_number_counts() -> None:
+    tree = SumTree(200)
+    tree[torch.tensor([3, 150, 3, 3])] = torch.tensor([1.0, 4.0, 2.0, 0.5], dtype=torch.float64)
+    assert tree[torch.tensor([3, 150])].tolist() == [0.5, 4.0]
+    assert tree.total().item() == 4.5
+
+
 def prioritized(capacity: int, history: list[Step], alpha: float) -> PrioritizedReplay:
     replay = PrioritizedReplay(capacity, (1,), num_envs=history[0][0].shape[0], act_dtype=torch.int64, alpha=alpha)
     for step in history:

@@ -108,7 +108,7 @@ def test_a_real_measurement_touches_no_generator():
     ("change", "message"),
     [
         ({"layout": 1}, "layout: expected a Layout, got int"),
-        ({"tokens": -1}, "tokens: expected a number of them, got -1"),
+        ({"tokens": -1}, "tokens: expected an int, at least 0, got -1"),
         ({"dtype": torch.int32}, "dtype: expected one of float32, float64, bfloat16, float16, got torch.int32"),
     ],
 )

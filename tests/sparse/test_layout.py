@@ -151,7 +151,7 @@ def test_wrong_arguments(arguments, message):
         (lambda p: p.permute([0, 1]), "rows: expected int64 indices, got list"),
         (lambda p: p.permute(torch.tensor([0.0, 1.0])), "rows: expected int64 indices, got torch.float32"),
         (lambda p: p.crop(1.5, 8), r"rows, columns: expected 1\.\.16 and 1\.\.24"),
-        (lambda p: p.picture(0), "width: expected at least 1 character, got 0"),
+        (lambda p: p.picture(0), "width: expected an int, at least 1 character, got 0"),
         (lambda p: p.with_mask([True], 1), r"mask: expected \(2, 3\) bool on cpu, got list"),
         (lambda p: p.to_dense([1.0]), r"values: expected \(\.\.\., 3, 8, 8\), got list"),
         (lambda p: p.to_dense(torch.zeros(3, 8, 8, device="meta")), r"values: expected \(\.\.\., 3, 8, 8\), strided, on cpu"),
