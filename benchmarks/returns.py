@@ -70,7 +70,7 @@ CELLS = (
     Cell("td3", "Pendulum-v1", 20_000, 10, -155, "-151.9 zoo"),
     Cell("ddpg", "Pendulum-v1", 20_000, 10, None, "-152.1 zoo"),
     Cell("ppo", "LunarLander-v3", 1_000_000, 3, 245, "242.1 zoo"),
-    Cell("dqn", "LunarLander-v3", 100_000, 10, 155, "154.4 zoo"),
+    Cell("dqn", "LunarLander-v3", 100_000, 16, 155, "154.4 zoo"),
     Cell("ppo", "HalfCheetah-v5", 1_000_000, 3, 5800, "5819 zoo"),
     Cell("ppo", "Hopper-v5", 1_000_000, 3, 2600, "2410 zoo"),
     Cell("ppo", "Walker2d-v5", 1_000_000, 3, 3580, "3479 zoo"),
