@@ -205,7 +205,7 @@ def td3_hopper(Config: Any) -> Any:
     return Config(env="Hopper-v5", **REPLAY_MUJOCO)
 
 
-@recipe("td3", reaches="mean return 3,560 after 300,000 steps (3,080 to 3,830 over 3 seeds; stable-baselines3's TD3 1,960, 780 to 3,090 over 3), 1,470 CPU-s on one core")
+@recipe("td3", reaches="mean return 3,560 after 300,000 steps (3,080 to 3,830 over 3 seeds; stable-baselines3's TD3 1,960 over 3), 1,470 CPU-s on one core")
 def td3_walker2d(Config: Any) -> Any:
     """TD3 on Walker2d-v5 (MuJoCo, needs the extra `rl`).
 
