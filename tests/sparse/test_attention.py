@@ -406,6 +406,8 @@ def test_cache_wrong_arguments(k, v, message):
         ({"mask": torch.ones(4, 8, 8)}, r"mask: expected \(3, 8, 8\) bool"),
         ({"order": torch.zeros(15).long()}, r"order: expected \(16,\)"),
         ({"order": torch.zeros(16).long()}, r"order: expected a permutation of 0\.\.15"),
+        ({"order": torch.arange(1, 17)}, r"order: expected a permutation of 0\.\.15"),
+        ({"order": torch.arange(-1, 15)}, r"order: expected a permutation of 0\.\.15"),
         ({"groups": torch.zeros(16)}, r"groups: expected \(16,\) int64 on cpu, got \(16,\) torch.float32"),
         ({"q": torch.zeros(2, 4, 2, 4).int()}, "q: expected .* of one floating dtype"),
         ({"start": 1.5}, "start: expected an int, got float"),
@@ -473,6 +475,8 @@ def test_under_vmap(path):
         ({"dropout": 0.5, "seed": torch.zeros(2).long()}, r"seed: expected an int or \(1,\) int64 on cpu, got \(2,\)"),
         ({"order": torch.zeros(16)}, r"order: expected \(16,\) int64"),
         ({"order": torch.zeros(16, dtype=torch.int64)}, r"order: expected a permutation of 0\.\.15"),
+        ({"order": torch.arange(1, 17)}, r"order: expected a permutation of 0\.\.15"),
+        ({"order": torch.arange(-1, 15)}, r"order: expected a permutation of 0\.\.15"),
     ],
 )
 def test_wrong_arguments(change, message):
