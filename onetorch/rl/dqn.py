@@ -11,7 +11,9 @@ with no value after a terminal state; huber(e) is e^2 / 2 up to |e| = h, and h (
   2018, arXiv:1802.09477, section 4.2), the smaller of Q and Q_target counts there, so that values may fall at once but rise no faster than the target;
 - dueling (Wang et al. 2016, arXiv:1511.06581): Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'), here with all hidden layers in common;
 - n_step (Sutton 1988): r becomes r_t + … + gamma^(n-1) r_{t+n-1}, the value that follows gamma^n Q_target(s_{t+n}, …);
-- priority (Schaul et al. 2016, arXiv:1511.05952): transitions are drawn by their last error to the power alpha, w = (N P(i))^-beta undoes the bias.
+- priority (Schaul et al. 2016, arXiv:1511.05952): transitions are drawn by their last error, of which no more than h counts, to the power alpha;
+  w = (N P(i))^-beta undoes the bias;
+- action_repeat (Mnih et al. 2015, the frame skip): an action is held for k steps, and what followed is one transition: a k-th of the decisions to learn.
 
 | symbol         | shape     | meaning                                                                            |
 |----------------|-----------|------------------------------------------------------------------------------------|
@@ -83,12 +85,13 @@ class Config:
     huber: float = 4.0  # h of Huber's loss: errors count squared up to this, beyond it linearly
     max_grad_norm: float = 40.0  # gradients are scaled down to this norm
     frame_stack: int = 1  # an observation is the last so many
+    action_repeat: int = 1  # environment steps for which an action is held (Mnih: the frame skip); gamma and n_step count actions
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, ReLU between them
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
-        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step", "frame_stack"):
+        for name in ("total_steps", "num_envs", "replay", "update_every", "updates", "batch_size", "target_every", "n_step", "frame_stack", "action_repeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "adam_eps", "huber", "max_grad_norm"):
@@ -101,8 +104,9 @@ class Config:
             raise ValueError(f"tau must be above 0 and at most 1, got {self.tau}")
         if self.update_after < 0:
             raise ValueError(f"update_after must be at least 0, got {self.update_after}")
-        if self.update_every % self.num_envs:
-            raise ValueError(f"num_envs must divide update_every = {self.update_every}, got {self.num_envs}")
+        if self.update_every % (self.num_envs * self.action_repeat):
+            steps = f"num_envs * action_repeat = {self.num_envs * self.action_repeat}"
+            raise ValueError(f"update_every must be a multiple of {steps}, the steps of one action in each, got {self.update_every}")
         if self.replay < self.num_envs * self.n_step:
             raise ValueError(f"replay must be at least num_envs * n_step = {self.num_envs * self.n_step}, got {self.replay}")
         if not all(width > 0 for width in self.hidden):
@@ -177,7 +181,8 @@ def begin(config: Config, backend: str, device: str = "cpu") -> State:
     torch.manual_seed(config.seed)
     model = build(config).to(device)
     optimizer = Adam((model.parameters(), config.lr), eps=config.adam_eps)
-    envs = environments.make(config.env, config.num_envs, config.seed, backend, frame_stack=config.frame_stack, device=device)
+    options: dict[str, Any] = {"frame_stack": config.frame_stack, "action_repeat": config.action_repeat, "device": device}
+    envs = environments.make(config.env, config.num_envs, config.seed, backend, **options)
     shape: tuple[Any, ...] = (config.replay, envs.spaces.obs_shape)
     kinds: dict[str, Any] = {"num_envs": config.num_envs, "obs_dtype": envs.spaces.obs_dtype, "act_dtype": torch.int64, "device": device}
     replay = PrioritizedReplay(*shape, alpha=config.priority, **kinds) if config.priority else Replay(*shape, **kinds)
@@ -204,7 +209,7 @@ def td_target(model: nn.Module, target: nn.Module, batch: Batch, discount: Tenso
 def explore(config: Config, state: State, epsilon: float, run: Run) -> Callable[[], None]:
     """update_every environment steps, each action with chance epsilon a random one, into the replay memory. What is returned ends the last of them."""
     model, envs, replay, N = state.model, state.envs, state.replay, config.num_envs
-    T, device = config.update_every // N, replay.rows.device
+    T, device = config.update_every // (N * config.action_repeat), replay.rows.device
     chance, act_any = torch.rand(T, N, device=device) < epsilon, torch.randint(envs.spaces.act_dim, (T, N), device=device)
 
     def begin(t: int) -> Callable[[], None]:
@@ -255,7 +260,7 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
         optimizer.zero_grad()
         values.backward(slopes)
         if isinstance(replay, PrioritizedReplay):
-            replay.prioritize(rows, error)
+            replay.prioritize(rows, error.clamp(-h, h))
         grad_norm = optimizer.clip(config.max_grad_norm)
         run.finite(loss=loss, grad_norm=grad_norm)
         optimizer.step(left)
@@ -269,7 +274,8 @@ def learn(config: Config, state: State, beta: float, run: Run, left: float = 1.0
 
 def train(config: Config, run: Run) -> QNet:
     def measure(choice: dict[str, Any]) -> Callable[[], object]:  # about an eighth of a round
-        steps = max(1, config.update_every // config.num_envs // 8) * config.num_envs
+        once = config.num_envs * config.action_repeat
+        steps = max(1, config.update_every // once // 8) * once
         part = replace(config, update_every=steps, updates=max(1, config.updates // 8), replay=max(steps, config.num_envs * config.n_step))
         trial = begin(part, choice["backend"], choice["device"])
         explore(part, trial, 0.5, run)()
@@ -281,8 +287,8 @@ def train(config: Config, run: Run) -> QNet:
 
         return work
 
-    key = f"dqn {config.env} {config.num_envs} {config.hidden} {config.batch_size} {config.update_every} {config.updates}"
-    plan = run.plan(measure, key=key, device=devices(), backend=environments.backends(config.env), threads=thread_counts())
+    key = f"dqn {config.env} {config.num_envs} {config.hidden} {config.batch_size} {config.update_every} {config.updates} {config.action_repeat}"
+    plan = run.plan(measure, key=key, device=devices(), backend=environments.backends(config.env, config.action_repeat), threads=thread_counts())
     total = math.ceil(config.total_steps / config.update_every)
     decay = config.epsilon_fraction * config.total_steps
 
@@ -293,7 +299,7 @@ def train(config: Config, run: Run) -> QNet:
     for state.iteration in run.steps(state.iteration, total, unit="env steps", scale=config.update_every):
         step = state.iteration * config.update_every  # after this round
         fallen = min(1.0, (step - config.update_every) / decay) if decay else 1.0
-        epsilon = 1 + (config.epsilon - 1) * fallen if step > config.update_after else 1.0
+        epsilon = 1 + (config.epsilon - 1) * fallen if step // config.action_repeat > config.update_after else 1.0
         left = 1 - (state.iteration - 1) / total if config.anneal else 1.0
         end = explore(config, state, epsilon, run)
         enough = state.replay.count >= max(1, config.update_after)
@@ -324,4 +330,5 @@ def evaluate(
         random, act = torch.rand(len(obs), generator=rng) < share, torch.randint(model.act_dim, (len(obs),), generator=rng)
         return torch.where(random, act, model.act(obs))
 
-    return evaluation.evaluate(model.act, config.env, stochastic=exploring, media=media, episodes=episodes, seed=seed, frame_stack=config.frame_stack)
+    options: dict[str, Any] = {"media": media, "episodes": episodes, "seed": seed, "frame_stack": config.frame_stack, "action_repeat": config.action_repeat}
+    return evaluation.evaluate(model.act, config.env, stochastic=exploring, **options)

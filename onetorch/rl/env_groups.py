@@ -56,10 +56,10 @@ def _ring(number: int, frame: types.FrameType | None) -> None:
 class Here:
     """The environments `part` in this process. One that hangs is interrupted by the alarm clock, where this is the main thread and nobody else uses it."""
 
-    def __init__(self, spec: gymnasium.envs.registration.EnvSpec, part: slice, timeout: float) -> None:
+    def __init__(self, spec: gymnasium.envs.registration.EnvSpec, part: slice, timeout: float, action_repeat: int = 1) -> None:
         self.first, self.timeout = part.start, timeout
         self.at = array("q", (0, 0, 0))
-        self.make = lambda: env_worker.EnvGroup(spec, part.stop - part.start, self.at)
+        self.make = lambda: env_worker.EnvGroup(spec, part.stop - part.start, self.at, action_repeat)
         self.group: env_worker.EnvGroup | None = None
         self.seen: tuple[int, ...] | None = None  # where it was when last looked at
         self.work: Callable[[], tuple[np.ndarray, ...]] = tuple  # for whoever asks for the answer
@@ -112,7 +112,9 @@ class Here:
 class Worker:
     """The environments `part` in a process of their own, which ends with `close`, or with this process, however that dies."""
 
-    def __init__(self, spec: gymnasium.envs.registration.EnvSpec, part: slice, observation: env_worker.Observation, timeout: float) -> None:
+    def __init__(
+        self, spec: gymnasium.envs.registration.EnvSpec, part: slice, observation: env_worker.Observation, timeout: float, action_repeat: int = 1
+    ) -> None:
         self.first, self.timeout, n = part.start, timeout, part.stop - part.start
         row = (observation.shape, observation.dtype)
         rows, flags = ((n, *row[0]), row[1]), ((n,), np.dtype(bool))
@@ -130,7 +132,7 @@ class Worker:
         self._end = weakref.finalize(self, self._finish, self.process, keep, notes)
         self.at, self.notes = memoryview(mmap.mmap(notes.fileno(), env_worker.PAGE)).cast("q"), notes.fileno()
         self.fd = cast(BinaryIO, self.process.stdout).fileno()
-        setup = json.dumps({"path": sys.path, "spec": spec.to_json(), "count": n}).encode()
+        setup = json.dumps({"path": sys.path, "spec": spec.to_json(), "count": n, "action_repeat": action_repeat}).encode()
         self._send((), struct.pack("<q", len(setup)), setup)
         self.started = False
 

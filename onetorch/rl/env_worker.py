@@ -146,14 +146,16 @@ def _checked(value: Any, space: spaces.Box, path: tuple[Any, ...]) -> np.ndarray
 
 
 class EnvGroup:
-    """`count` environments of one kind. Observations go out as rows (see Observation); actions come in as the environment's own dtype and shape.
+    """`count` environments of one kind. Observations go out as rows (see Observation); actions come in as the environment's own dtype and shape. An action is
+    held for `action_repeat` steps, or until the episode ends, and its reward is their sum.
 
     `at` holds three integers: the environment that is at work, what it is at, and the steps that it has replayed.
     """
 
-    def __init__(self, spec: str | gymnasium.envs.registration.EnvSpec, count: int, at: Any = None) -> None:
+    def __init__(self, spec: str | gymnasium.envs.registration.EnvSpec, count: int, at: Any = None, action_repeat: int = 1) -> None:
         self.at = array("q", (0, 0, 0)) if at is None else at
         self.envs: list[gymnasium.Env] = []
+        self.action_repeat = action_repeat
         for i in range(count):
             self.at[0], self.at[1] = i, MAKING
             self.envs.append(gymnasium.make(spec, disable_env_checker=True))
@@ -169,6 +171,15 @@ class EnvGroup:
         self.observation.write(answer[0], row)
 
     def _step(self, index: int, act: Any, row: np.ndarray) -> tuple[Any, Any, Any]:
+        reward, terminated, truncated = self._step_once(index, act, row)
+        for _ in range(1, self.action_repeat):
+            if terminated or truncated:
+                break
+            more, terminated, truncated = self._step_once(index, act, row)
+            reward += more
+        return reward, terminated, truncated
+
+    def _step_once(self, index: int, act: Any, row: np.ndarray) -> tuple[Any, Any, Any]:
         answer: Any = self.envs[index].step(act)
         if not isinstance(answer, tuple) or len(answer) != 5:
             what = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
@@ -236,7 +247,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, at: Any) -> None:
     while True:
         try:
             if group is None:
-                group = EnvGroup(gymnasium.envs.registration.EnvSpec.from_json(setup["spec"]), setup["count"], at)
+                group = EnvGroup(gymnasium.envs.registration.EnvSpec.from_json(setup["spec"]), setup["count"], at, setup["action_repeat"])
                 act_bytes = group.act_dtype.itemsize * int(np.prod(group.act_shape))
                 parts: tuple[np.ndarray, ...] = ()
             else:

@@ -204,7 +204,7 @@ class ActionMap:
 class GymEnvs:
     """N copies of a Gymnasium environment, shared out over groups in this process or in `workers` processes."""
 
-    def __init__(self, env: str, num_envs: int, seed: int, workers: int = 0, timeout: float = TIMEOUT) -> None:
+    def __init__(self, env: str, num_envs: int, seed: int, workers: int = 0, timeout: float = TIMEOUT, action_repeat: int = 1) -> None:
         self.env, self.num_envs, self.seed = env, num_envs, seed
         spec, self.spaces, self.action_space, observation = _inspect(env)
         self.to_env = ActionMap(self.action_space)
@@ -212,7 +212,7 @@ class GymEnvs:
         edges = [num_envs * k // groups for k in range(groups + 1)]
         self.parts = [slice(start, stop) for start, stop in pairwise(edges)]
         self.groups: list[Worker | Here] = [
-            Worker(spec, p, observation, timeout) if workers else Here(spec, p, timeout) for p in self.parts
+            Worker(spec, p, observation, timeout, action_repeat) if workers else Here(spec, p, timeout, action_repeat) for p in self.parts
         ]  # workers start side by side
         self.closed = False
         self.episodes = Episodes(num_envs)
@@ -421,11 +421,22 @@ class Moved:
         self.envs.close()
 
 
-def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, frame_stack: int = 1, timeout: float = TIMEOUT, device: str = "cpu") -> Envs:
+def make(
+    env: str,
+    num_envs: int,
+    seed: int,
+    backend: str | None = None,
+    *,
+    frame_stack: int = 1,
+    action_repeat: int = 1,
+    timeout: float = TIMEOUT,
+    device: str = "cpu",
+) -> Envs:
     """`num_envs` copies of the Gymnasium environment `env` ("module:id" imports a module of yours that registers it, "envpool/ID" is one of EnvPool's), already
-    reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked). `device`:
-    where a policy finds and leaves all tensors. The native classic tasks run there, and "warp" on the GPU where there is one; all others stay on the CPU. The
-    tensors of what runs elsewhere are moved at each step.
+    reset. `backend`: one of `backends(env)`, by default the first. `frame_stack`: an observation is the last so many, the newest last (see Stacked).
+    `action_repeat`: an action is held for so many of the environment's own steps, or until the episode ends; what is then seen is the last of them, what is
+    paid their sum (Mnih et al. 2015's frame skip). `device`: where a policy finds and leaves all tensors. The native classic tasks run there, and "warp" on the
+    GPU where there is one; all others stay on the CPU. The tensors of what runs elsewhere are moved at each step.
 
     UsageError (a ValueError) for an unknown id (naming the nearest), a missing package or an unsupported space. RunError, now and in `step`, when an
     environment raises, exits, is killed, hangs (one reset or step takes longer than `timeout` seconds), gives NaN, infinity, or a wrong shape or type: its
@@ -437,9 +448,11 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
         raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
     if frame_stack < 1:
         raise UsageError(f"frame_stack must be at least 1, got {frame_stack}")
-    known = backends(env)
+    if action_repeat < 1:
+        raise UsageError(f"action_repeat must be at least 1, got {action_repeat}")
+    known = backends(env, action_repeat)
     backend = backend or known[0]
-    usable = known if known == ("envpool",) else dict.fromkeys((*known, *asked(env), "sync", "processes"))
+    usable = known if known == ("envpool",) else dict.fromkeys((*known, *(asked(env) if action_repeat == 1 else ()), "sync", "processes"))
     if backend not in usable:
         raise UsageError(f"backend of {env} must be one of {', '.join(usable)}, got {backend!r}")
     from onetorch.rl import classic, mujoco_tasks, pool, warp_tasks
@@ -447,7 +460,7 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
     there = device != "cpu" and backend == "native" and env in classic.TASKS
     made: Envs
     if backend in ("sync", "processes"):
-        made = GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout)
+        made = GymEnvs(env, num_envs, seed, cores() if backend == "processes" else 0, timeout, action_repeat)
     elif backend == "envpool":
         made = pool.PoolEnvs(env, num_envs, seed)
     elif env in classic.TASKS:
@@ -465,15 +478,17 @@ def make(env: str, num_envs: int, seed: int, backend: str | None = None, *, fram
     return made if there or device == "cpu" else Moved(made, device)
 
 
-def backends(env: str) -> tuple[str, ...]:
-    """The backends that can run `env` and are worth measuring, the default first."""
+def backends(env: str, action_repeat: int = 1) -> tuple[str, ...]:
+    """The backends that can run `env` and are worth measuring, the default first. Only Gymnasium's own environments hold an action for several steps."""
     from onetorch.rl import classic, mujoco_tasks
 
     if env.startswith("envpool/"):
+        if action_repeat > 1:
+            raise UsageError(f"action_repeat is for Gymnasium's environments, not for EnvPool's: expected 1 for {env}, got {action_repeat}")
         return ("envpool",)
-    if env in classic.TASKS:
+    if env in classic.TASKS and action_repeat == 1:
         return ("native", "sync")
-    if env in mujoco_tasks.TASKS:
+    if env in mujoco_tasks.TASKS and action_repeat == 1:
         there = ("warp",) if torch.cuda.is_available() and importlib.util.find_spec("mujoco_warp") else ()  # on a processor it is slower than "native"
         return ("native", *(("threads",) if cores() > 1 else ()), *there)
     entry = _spec(env).entry_point  # a worker can import a name, not an object, and not one from the script that was started

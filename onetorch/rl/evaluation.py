@@ -37,16 +37,18 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int = 10_000, frame_stack: int = 1) -> dict[str, float | int | str]:
+def returns(
+    policy: Policy, env: str, episodes: int, seed: int, max_steps: int = 10_000, frame_stack: int = 1, action_repeat: int = 1
+) -> dict[str, float | int | str]:
     """Undiscounted returns of `episodes` episodes, the first of as many environments (so that short episodes do not count more often).
 
-    An episode still running after `max_steps` counts as it stands, and `unfinished` says how many did.
+    An episode still running after `max_steps` counts as it stands, and `unfinished` says how many did. Lengths are in actions, each of `action_repeat` steps.
     """
     if episodes < 1:
         raise UsageError(f"episodes must be at least 1, got {episodes}")
     if seed < 0:
         raise UsageError(f"seed must be at least 0, got {seed}")
-    envs = environments.make(env, episodes, seed, frame_stack=frame_stack)
+    envs = environments.make(env, episodes, seed, frame_stack=frame_stack, action_repeat=action_repeat)
     total, length, running = np.zeros(episodes), np.zeros(episodes, np.int64), np.ones(episodes, bool)
     for _ in range(max_steps):
         _, reward, terminated, truncated = envs.step(policy(envs.obs))
@@ -65,7 +67,9 @@ def returns(policy: Policy, env: str, episodes: int, seed: int, max_steps: int =
 
 
 @torch.no_grad()
-def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000, max_seconds: float = 10.0, frame_stack: int = 1) -> str | None:
+def film(
+    policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000, max_seconds: float = 10.0, frame_stack: int = 1, action_repeat: int = 1
+) -> str | None:
     """One episode, or as much of it as can be drawn in `max_seconds` (without a GPU a frame of MuJoCo takes a tenth of a second), as an H.264 video at `path`.
 
     Returns None, or in one line why there is no video: a missing extra, or nothing to render with.
@@ -101,10 +105,13 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
             stream = container.add_stream("libx264", rate=round(one.metadata.get("render_fps") or 30))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             deadline = time.monotonic() + max_seconds
-            for _ in range(max_frames):
+            for t in range(max_frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")))
-                obs, _, terminated, truncated, _ = one.step(mapped(policy(torch.cat(stack, 1)))[0])
-                stack = [*stack[1:], row(obs)]
+                if t % action_repeat == 0:
+                    act = mapped(policy(torch.cat(stack, 1)))[0]
+                obs, _, terminated, truncated, _ = one.step(act)
+                if (t + 1) % action_repeat == 0:
+                    stack = [*stack[1:], row(obs)]
                 if terminated or truncated or time.monotonic() > deadline:
                     break
                 frame = one.render()
@@ -118,17 +125,18 @@ def film(policy: Policy, env: str, path: Path, seed: int, max_frames: int = 1000
 
 
 def evaluate(
-    policy: Policy, env: str, *, media: Path | None, episodes: int, seed: int, stochastic: Policy | None = None, frame_stack: int = 1
+    policy: Policy, env: str, *, media: Path | None, episodes: int, seed: int, stochastic: Policy | None = None, **acting: int
 ) -> dict[str, float | int | str]:
     """`returns` of `policy`, which takes its likeliest actions, and where it is given of `stochastic`, which draws them as in training, as `stochastic_return`
-    and so on, in environments of the same seeds. `agent.mp4` of `policy` under `media` where that is given; where no video could be made, `video` says why."""
-    result = returns(policy, env, episodes, seed, frame_stack=frame_stack)
+    and so on, in environments of the same seeds. `agent.mp4` of `policy` under `media` where that is given; where no video could be made, `video` says why.
+    `acting`: `frame_stack` and `action_repeat`, where the policy was trained with them."""
+    result = returns(policy, env, episodes, seed, **acting)
     if stochastic is not None:
-        drawn = returns(stochastic, env, episodes, seed, frame_stack=frame_stack)
+        drawn = returns(stochastic, env, episodes, seed, **acting)
         result |= {f"stochastic_{name}": value for name, value in drawn.items() if name != "episodes"}
     if media is not None:
         media.mkdir(parents=True, exist_ok=True)
-        problem = film(policy, env, media / "agent.mp4", seed, frame_stack=frame_stack)
+        problem = film(policy, env, media / "agent.mp4", seed, **acting)
         if problem:
             sys.stderr.write(problem + "\n")
         result["video"] = problem or "agent.mp4"

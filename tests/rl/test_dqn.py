@@ -148,11 +148,11 @@ GOLDEN: dict[str, dict[str, float]] = {
     },
     "priority": {
         "loss": 0.896680444722952, "grad_norm": 0.592107292733903, "q": 1.6425342100693303,
-        "y": 1.8339754877518195, "loss of the next": 0.5774143613897458,
+        "y": 1.8339754877518195, "loss of the next": 1.0612437196583981,
     },
     "all": {
         "loss": 1.410934337980607, "grad_norm": 0.5217583277020965, "q": 1.7790007148424412,
-        "y": 2.858770801749986, "loss of the next": 0.33288535527840446,
+        "y": 2.858770801749986, "loss of the next": 1.1081432761903134,
     },
 }
 GOLDEN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -199,8 +199,8 @@ def test_importance_weights_undo_the_priorities(tmp_path: Path) -> None:
         seen = dqn.learn(config, state, 1.0, run)
     assert (seen["q"] - seen["y"]).abs().mean().item() == pytest.approx((0.5 * 1 + 3 * 5) / 8, rel=1e-3)  # the mean over what was drawn
     assert seen["loss"].item() == pytest.approx((0.125 + 2.5) / 8, rel=1e-3)
-    # the new priorities are the errors 0.5, 0 and 3
-    assert state.replay.tree[torch.arange(3)].tolist() == pytest.approx([0.5, 0, 3], abs=2e-6)
+    # the new priorities are the errors 0.5, 0 and 3, of which no more counts than Huber's h
+    assert state.replay.tree[torch.arange(3)].tolist() == pytest.approx([0.5, 0, 1], abs=2e-6)
 
 
 def test_target_is_a_copy_or_an_average(tmp_path: Path) -> None:
@@ -324,6 +324,20 @@ def test_stacked_frames_show_what_was(tmp_path: Path) -> None:
     assert dqn.evaluate(model, config, episodes=20)["return_min"] == 5.0
 
 
+def test_held_actions_count_as_the_steps_they_are(tmp_path: Path) -> None:
+    """Five steps an action: each is paid 5, so its value is 5 / (1 - 0.5) = 10, and 1,280 steps are 256 transitions."""
+    config = dataclasses.replace(SMALL, env="Endless-v0", action_repeat=5, update_every=40, total_steps=1280, gamma=0.5, updates=16, target_every=10)
+    model, rows = train(tmp_path / "run", config)
+    assert model(torch.ones(1, 1)).max().item() == pytest.approx(10.0, abs=0.3)
+    assert rows[-1]["step"] == 1280
+    state = dqn.begin(config, "sync")
+    with Run(tmp_path / "other", config, quiet=True) as run:
+        dqn.explore(config, state, 1.0, run)()
+    assert state.replay.count == 40 // 5
+    with pytest.raises(ValueError, match=r"update_every must be a multiple of num_envs \* action_repeat = 12"):
+        dataclasses.replace(config, action_repeat=3)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_time_limit_is_not_taken_for_an_end(tmp_path: Path, n: int) -> None:
     """Reward 1 for ever, cut every 5 steps: the value is 1 / (1 - 0.9) = 10. Taken for an end it would be worth 1 + 0.9 + … at most, 4.1."""
@@ -433,7 +447,7 @@ def test_box_actions_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_envs", 7), ("num_envs", 0), ("replay", 3), ("update_every", 0), ("updates", 0), ("batch_size", 0), ("n_step", 0), ("frame_stack", 0)]
-    + [("target_every", 0), ("adam_eps", 0.0), ("huber", 0.0), ("max_grad_norm", 0.0)]
+    + [("action_repeat", 0), ("target_every", 0), ("adam_eps", 0.0), ("huber", 0.0), ("max_grad_norm", 0.0)]
     + [("lr", 0.0), ("gamma", 1.5), ("tau", 0.0), ("epsilon", -0.1), ("epsilon_fraction", 2.0), ("priority", -1.0), ("beta", math.nan), ("hidden", (0,))],
 )
 def test_config_names_the_field(field: str, value: Any) -> None:

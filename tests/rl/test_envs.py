@@ -63,6 +63,52 @@ def test_backends_give_the_same_bits(env: str) -> None:
     processes.close()
 
 
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_actions_are_held(backend: str) -> None:
+    """Four steps an action, fewer where the episode ends: the last is seen, their sum paid, and the next episode begins with an action of its own."""
+    plain, held = envs.make("CartPole-v1", 1, 0, "sync"), envs.make("CartPole-v1", 1, 0, backend, action_repeat=4)
+    left = torch.zeros(1, dtype=torch.int64)
+    for _ in range(4):  # episodes, in which it falls to one side after 9 steps
+        over, paid = False, []
+        while not over:
+            next_obs, reward, terminated, _ = held.step(left)
+            over = bool(terminated)
+            paid.append(int(reward))
+            for _ in range(paid[-1]):
+                expected = plain.step(left)
+            assert torch.equal(next_obs, expected[0])
+            assert over == bool(expected[2])
+        assert paid == [4, 4, 1]
+        assert torch.equal(held.obs, plain.obs)
+    assert held.episodes.recent == plain.episodes.recent
+    held.close()
+
+
+@pytest.mark.parametrize("backend", ["sync", "processes"])
+def test_held_actions_are_cut_off_by_a_time_limit_and_resumed(backend: str) -> None:
+    held = envs.make("Trap-v0", 2, 0, backend, action_repeat=3)  # five steps an episode
+    act = torch.zeros(2, dtype=torch.int64)
+    paid = [(reward.tolist(), terminated.any().item(), truncated.tolist()) for _, reward, terminated, truncated in (held.step(act) for _ in range(4))]
+    assert paid == [([3.0, 3.0], False, [False, False]), ([2.0, 2.0], False, [True, True])] * 2
+    held.close()
+    first, second = (envs.make("Noisy-v0", 3, seed, backend, action_repeat=4) for seed in (1, 2))
+    play(first, 11, seed=0)
+    second.load_state_dict(first.state_dict())
+    assert same(play(first, 20, seed=5), play(second, 20, seed=5))
+    first.close()
+    second.close()
+
+
+def test_who_can_hold_actions() -> None:
+    assert envs.backends("CartPole-v1", 2) == envs.backends("HalfCheetah-v5", 2) == ("sync", "processes")
+    with pytest.raises(UsageError, match="backend of CartPole-v1 must be one of sync, processes, got 'native'"):
+        envs.make("CartPole-v1", 1, 0, "native", action_repeat=2)
+    with pytest.raises(UsageError, match="action_repeat must be at least 1, got 0"):
+        envs.make("CartPole-v1", 1, 0, action_repeat=0)
+    with pytest.raises(UsageError, match="expected 1 for envpool/Pong-v5, got 2"):
+        envs.make("envpool/Pong-v5", 1, 0, action_repeat=2)
+
+
 def test_environments_differ_from_each_other_and_by_seed() -> None:
     a, b, again = (envs.make("Pendulum-v1", 4, seed, "sync").obs for seed in (0, 1, 0))
     assert torch.equal(a, again)

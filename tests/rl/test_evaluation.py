@@ -111,6 +111,23 @@ def test_a_policy_sees_in_the_video_what_it_sees_in_evaluation(tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(filmed, seen, strict=True))
 
 
+def test_held_actions_are_evaluated_and_every_frame_is_filmed(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    seen: list[list[float]] = []
+
+    def look(obs: torch.Tensor) -> torch.Tensor:
+        seen.append(obs[0, :, 0, 0].tolist())
+        return torch.zeros(len(obs), dtype=torch.int64)
+
+    result = evaluation.returns(look, "Film-v0", episodes=1, seed=0, frame_stack=2, action_repeat=4)
+    assert (result["return"], result["episode_length"]) == (6.0, 2.0)
+    assert seen == [[0, 0], [0, 4]]
+    assert evaluation.film(look, "Film-v0", tmp_path / "agent.mp4", seed=0, frame_stack=2, action_repeat=4) is None
+    assert seen == [[0, 0], [0, 4]] * 2
+    with av.open(str(tmp_path / "agent.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 6
+
+
 def test_no_episodes() -> None:
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         evaluation.returns(still, "CartPole-v1", episodes=0, seed=0)
