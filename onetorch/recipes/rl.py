@@ -144,8 +144,8 @@ def dqn_acrobot(Config: Any) -> Any:
 def dqn_lunarlander(Config: Any) -> Any:
     """DQN on LunarLander-v3 (Box2D, needs the extra `rl`): each action is held for four steps, without which many runs hover until the time is up."""
     return Config(
-        env="LunarLander-v3", total_steps=100_000, action_repeat=4, update_every=64, updates=64, update_after=250, lr=5e-4, gamma=0.992, epsilon=0.05, huber=10.0,
-        max_grad_norm=10.0,
+        env="LunarLander-v3", total_steps=100_000, action_repeat=4, update_every=64, updates=64, update_after=250, lr=5e-4, gamma=0.992, epsilon=0.05,
+        priority=0.5, huber=10.0, max_grad_norm=10.0,
     )  # fmt: skip
 
 
