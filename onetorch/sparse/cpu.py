@@ -190,14 +190,18 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
     return out
 
 
-_pieces: list[ctypes.Array] = []  # memory of dense weights that were let go of
+KEPT = 1 << 28  # bytes of all pieces together
+_pieces: list[ctypes.Array] = []  # memory of large results that were let go of, the last one first
 
 
-def _kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor in memory that comes back to `_pieces` when nothing holds it any more. The system's allocator would give pages of this size back at
-    each call, and fetching new ones takes longer than writing them: up to half of a convolution's time. The last two pieces are kept.
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor, a large one in memory that comes back to `_pieces` when nothing holds it any more. The system's allocator would give pages of this
+    size back at each call, and fetching new ones takes longer than writing them: up to half of a convolution's time.
     """
-    size = math.prod(shape) * dtype.itemsize
+    count = math.prod(shape)
+    size = count * like.element_size() + 64
+    if size < 1 << 18:
+        return like.new_empty(shape)
     piece = next((piece for piece in _pieces if len(piece) == size), None)
     if piece is None:
         piece = (ctypes.c_char * size)()
@@ -208,25 +212,26 @@ def _kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             piece = (ctypes.c_char * size)()
     held = type(piece).from_buffer(piece)
     weakref.finalize(held, _come_back, piece).atexit = False
-    return torch.frombuffer(held, dtype=dtype).view(shape)
+    # at the beginning of a line, as torch's own memory: lines that are written in two parts take twice as long
+    return torch.frombuffer(held, dtype=like.dtype, count=count, offset=-ctypes.addressof(piece) % 64).view(shape)
 
 
 def _come_back(piece: ctypes.Array) -> None:
     _pieces.insert(0, piece)
-    del _pieces[2:]
+    while sum(map(len, _pieces)) > KEPT:
+        del _pieces[-1:]
 
 
 def fill(values: Tensor, index: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """values (G, kept, br, bc), without heads -> (G, *shape), zeros outside the blocks."""
-    whole = (values.shape[0], *shape)
-    dense = _kept_memory(whole, values.dtype) if math.prod(whole) * values.element_size() >= 1 << 20 else values.new_empty(whole)
+    dense = _empty(values, (values.shape[0], *shape))
     _move(values.contiguous(), dense, index, grid, True)
     return dense
 
 
 def take(dense: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
     """dense (G, rows, columns), without heads -> (G, kept, br, bc), zeros beyond the edge."""
-    values = dense.new_empty(dense.shape[0], (index.shape[0] - sum(grid) - 2) // 4, *block)
+    values = _empty(dense, (dense.shape[0], (index.shape[0] - sum(grid) - 2) // 4, *block))
     _move(values, dense.contiguous(), index, grid, False)
     return values
 
@@ -234,11 +239,12 @@ def take(dense: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, 
 def _move(values: Tensor, dense: Tensor, index: Tensor, grid: tuple[int, int], fill: bool) -> None:
     lib = library()
     assert lib is not None
-    (br, bc), (rows, columns), width = values.shape[2:], dense.shape[1:], dense.element_size()
+    (G, rows, columns), (br, bc), width = dense.shape, values.shape[2:], dense.element_size()
     size, columns_at = _longs(*grid, br, bc * width, rows, columns * width), index.data_ptr() + 4 * (grid[0] + 1)
-    threads = _threads(8 * dense[0].numel()) if dense.shape[0] else 1  # as long as eight multiplications
-    for one, matrix in zip(values, dense, strict=True):
-        lib.onetorch_move(one.data_ptr(), matrix.data_ptr(), size, index.data_ptr(), columns_at, int(fill), threads)
+    threads = _threads(8 * rows * columns)  # as long as eight multiplications
+    for g in range(G):
+        one, matrix = values.data_ptr() + g * values.stride(0) * width, dense.data_ptr() + g * rows * columns * width
+        lib.onetorch_move(one, matrix, size, index.data_ptr(), columns_at, int(fill), threads)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

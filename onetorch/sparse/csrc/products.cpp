@@ -644,31 +644,39 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
 // after block; what lies a row apart is asked for a kilobyte ahead, since the machine does not look that far.
 template <bool FILL, class Length> void move_blocks(char* values, char* dense, Length run, int64_t row, int64_t height, int64_t R, int64_t C, int64_t br, const int32_t* offsets, const int32_t* columns, int threads) {
   const int64_t ahead = std::max<int64_t>(1, 1024 / run);
-  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
-  for (int64_t r = 0; r < R; r++) {
-    const int64_t rows = std::min(br, height - r * br);
-    int64_t p = offsets[r];
-    for (int64_t c = 0; c < C; c++) {
-      const bool kept = p < offsets[r + 1] && columns[p] % C == c;
-      if (!kept && !FILL) continue;
-      const int64_t length = std::min<int64_t>(run, row - c * run);
-      char *line = dense + r * br * row + c * run, *block = values + p * br * run;
-      p += kept;
-      for (int64_t i = 0; i < rows; i++, line += row, block += run) {
-        const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
-        for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
-        if (length == run) {
-          if (kept) std::memcpy(FILL ? line : block, FILL ? block : line, run);
-          else std::memset(line, 0, run);
-        } else if (FILL) {
-          if (kept) std::memcpy(line, block, length); else std::memset(line, 0, length);
-        } else {
-          std::memcpy(block, line, length);
-          std::memset(block + length, 0, run - length);
+  const bool past_cache = FILL ? streams(dense, height * row, row, run) : streams(values, offsets[R] * br * run, run, row);
+  auto set = [&](char* to, const char* from, int64_t size) {  // from null: zeros
+    alignas(64) static const char zeros[64] = {};
+    if (past_cache) for (int64_t e = 0; e < size; e += 64) stream_line(to + e, from ? from + e : zeros);
+    else if (from) std::memcpy(to, from, size);
+    else std::memset(to, 0, size);
+  };
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
+    PRAGMA(omp for schedule(static))
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t rows = std::min(br, height - r * br);
+      int64_t p = offsets[r];
+      for (int64_t c = 0; c < C; c++) {
+        const bool kept = p < offsets[r + 1] && columns[p] % C == c;
+        if (!kept && !FILL) continue;
+        const int64_t length = std::min<int64_t>(run, row - c * run);
+        char *line = dense + r * br * row + c * run, *block = values + p * br * run;
+        p += kept;
+        for (int64_t i = 0; i < rows; i++, line += row, block += run) {
+          const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
+          for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
+          char* to = FILL ? line : block;
+          const char* from = FILL ? (kept ? block : nullptr) : line;
+          if (length == run) set(to, from, run);
+          else {
+            set(to, from, length);
+            if (!FILL) set(to + length, nullptr, run - length);
+          }
         }
+        if (!FILL) for (int64_t i = rows; i < br; i++, block += run) set(block, nullptr, run);
       }
-      if (!FILL) for (int64_t i = rows; i < br; i++, block += run) std::memset(block, 0, run);
     }
+    stream_end();
   }
 }
 }  // namespace
