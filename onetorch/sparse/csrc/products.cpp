@@ -234,18 +234,22 @@ template <class T> inline void turn_block(T* to, const T* from, int64_t rows, in
   }
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
   if constexpr (std::is_same<T, bf16>::value) {
-    if (rows % 16 == 0 && columns % 32 == 0) {  // words hold two columns of a row: turned as such, then parted
-      const __m512i part = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-      for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t c = 0; c < columns; c += 32) {
-          alignas(64) uint32_t words[256];
-          transpose_words<16>(words, 16, reinterpret_cast<const uint32_t*>(from + r * columns + c), columns / 2);
-          for (int64_t i = 0; i < 16; i++) {
-            const __m512i two = _mm512_permutexvar_epi16(part, _mm512_load_si512(words + 16 * i));
-            T* line = to + (c + 2 * i) * rows + r;
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line), _mm512_castsi512_si256(two));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + rows), _mm512_extracti64x4_epi64(two, 1));
-          }
+    if (rows % 16 == 0 && columns % 16 == 0) {  // two rows as one of pairs; pairs are words, which are turned
+      const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+      auto tile = [&](auto width, int64_t r, int64_t c) {
+        constexpr int W = width();
+        alignas(64) uint32_t words[16 * W];
+        UNROLL for (int i = 0; i < W; i++) {
+          const T* two = from + (r + 2 * i) * columns + c;
+          const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two)), second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + columns));
+          _mm512_store_si512(words + 16 * i, _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));
+        }
+        for (int e = 0; e < 16; e += W) transpose_words<W>(reinterpret_cast<uint32_t*>(to + (c + e) * rows + r), rows / 2, words + e, 16);
+      };
+      for (int64_t r = 0; r < rows; r += rows % 32 ? 16 : 32)
+        for (int64_t c = 0; c < columns; c += 16) {
+          if (rows % 32) tile(std::integral_constant<int, 8>{}, r, c);
+          else tile(std::integral_constant<int, 16>{}, r, c);
         }
       return;
     }
