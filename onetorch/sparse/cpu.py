@@ -113,7 +113,8 @@ def library() -> ctypes.CDLL | None:
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
     lib.onetorch_move.argtypes = [pointer, pointer, sizes, pointer, pointer, i32, i32]
-    lib.onetorch_move.restype = None
+    lib.onetorch_move_taps.argtypes = [pointer, pointer, pointer, sizes, i32, i32, i32]
+    lib.onetorch_move.restype = lib.onetorch_move_taps.restype = None
     attention: list = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
     attention += [ctypes.c_double, pointer]
     lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
@@ -245,6 +246,30 @@ def _move(values: Tensor, dense: Tensor, index: Tensor, grid: tuple[int, int], f
     for g in range(G):
         one, matrix = values.data_ptr() + g * values.stride(0) * width, dense.data_ptr() + g * rows * columns * width
         lib.onetorch_move(one, matrix, size, index.data_ptr(), columns_at, int(fill), threads)
+
+
+def pack_taps(weight: Tensor, place: Tensor, lines: int, turned: bool) -> Tensor:
+    """weight (kept, br, bc, taps) of words of 4 or 8 bytes -> its blocks (lines, taps / lines * kept, br, bc), `turned` (..., bc, br): see `conv._Side`."""
+    kept, br, bc, taps = weight.shape
+    packed = _empty(weight, (lines, taps // lines * kept, *((bc, br) if turned else (br, bc))))
+    _move_taps(weight.contiguous(), list(packed), place, turned, True)
+    return packed
+
+
+def unpack_taps(lines: list[Tensor], place: Tensor, taps: int, turned: bool) -> Tensor:
+    """Back: as many blocks of each line -> (kept, br, bc, taps)."""
+    kept, block = place.shape[0] // taps, lines[0].shape[1:]
+    weight = _empty(lines[0], (kept, *(block[::-1] if turned else block), taps))
+    _move_taps(weight, [line.contiguous() for line in lines], place, turned, False)
+    return weight
+
+
+def _move_taps(weight: Tensor, lines: list[Tensor], place: Tensor, turned: bool, pack: bool) -> None:
+    lib = library()
+    assert lib is not None
+    size = _longs(*weight.shape, weight.shape[3] // len(lines), weight.element_size())
+    at = (ctypes.c_void_p * len(lines))(*(line.data_ptr() for line in lines))
+    lib.onetorch_move_taps(weight.data_ptr(), at, place.data_ptr(), size, int(turned), int(pack), _threads(8 * weight.numel()))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -683,6 +683,24 @@ template <bool FILL, class Length> void move_blocks(char* values, char* dense, L
     stream_end();
   }
 }
+// The blocks of a convolution's weight, (rows, columns, taps) each, as those of products, or these put back: block t * kept + k, of tap t, stands at `place` of its line of
+// taps, as it is or transposed. A line of memory at a time of each: at addresses that are one power of two apart, the first-level cache keeps few of them.
+template <bool PACK, class W> void move_taps(W* weight, W* const* lines, const int64_t* place, int64_t kept, int64_t rows, int64_t columns, int64_t taps, int64_t positions, bool turned, int threads) {
+  constexpr int64_t n = 8;  // divides every block
+  const int64_t width = turned ? rows : columns, height = turned ? columns : rows, step = turned ? columns * taps : taps, down = turned ? taps : columns * taps;
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
+  for (int64_t k = 0; k < kept; k++) {
+    auto move = [&](int64_t r, int64_t c) {
+      W* from = weight + k * rows * columns * taps + r * down + c * step;
+      for (int64_t t = 0; t < taps; t++, from++) {
+        W* block = lines[(turned ? taps - 1 - t : t) / positions] + place[t * kept + k] * rows * columns + r * width + c;
+        UNROLL for (int i = 0; i < n; i++) { if (PACK) block[i] = from[i * step]; else from[i * step] = block[i]; }
+      }
+    };
+    if (turned) for (int64_t c = 0; c < width; c += n) for (int64_t r = 0; r < height; r++) move(r, c);
+    else for (int64_t r = 0; r < height; r++) for (int64_t c = 0; c < width; c += n) move(r, c);
+  }
+}
 }  // namespace
 
 extern "C" {
@@ -699,6 +717,15 @@ void onetorch_move(void* values, void* dense, const int64_t* size, const int32_t
     case 256: return go(std::integral_constant<int64_t, 256>{});
     default: return go(size[3]);
   }
+}
+// size: kept, rows and columns of a block, taps, taps of a line, bytes of an element. `pack`: the weight to lines, or else lines to the weight.
+void onetorch_move_taps(void* weight, void* const* lines, const int64_t* place, const int64_t* size, int turned, int pack, int threads) {
+  auto go = [&](auto word) {
+    using W = decltype(word);
+    auto move = pack ? move_taps<true, W> : move_taps<false, W>;
+    move(static_cast<W*>(weight), reinterpret_cast<W* const*>(lines), place, size[0], size[1], size[2], size[3], size[4], turned != 0, threads);
+  };
+  if (size[5] == 4) go(uint32_t{}); else go(uint64_t{});
 }
 // strides in elements; wg = 0: one set of values for all G; order may be null. Returns 0, 1 (out of memory) or 2 (unknown dtype).
 int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* xstride, const void* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn,
