@@ -271,6 +271,7 @@ class _Conv(BlockSparse):
         self.kernel_size = _sizes("kernel_size", kernel_size, self.dims, 1)
         self.stride, self.dilation = _sizes("stride", stride, self.dims, 1), _sizes("dilation", dilation, self.dims, 1)
         self.padding = _ends(padding, self.kernel_size, self.stride, self.dilation)
+        self.even_padding = None if any(before != after for before, after in self.padding) else tuple([before for before, _ in self.padding])
         self.taps = math.prod(self.kernel_size)
         self._create(layout, self.kernel_size, gate, device, dtype)
         self.bias = nn.Parameter(self.weight.new_empty(out_channels)) if bias else None
@@ -341,8 +342,8 @@ class _Conv(BlockSparse):
 
     def _dense(self, x: Tensor) -> Tensor:
         weight = self._filled() if self.probe is None else self.to_dense() + self.probe
-        padding = tuple([before for before, _ in self.padding])
-        if any(before != after for before, after in self.padding):
+        padding = self.even_padding
+        if padding is None:
             x, padding = nn.functional.pad(x, [n for ends in self.padding[::-1] for n in ends]), (0,) * self.dims
         convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return convolution(x, weight, self.bias, self.stride, padding, self.dilation)
@@ -385,7 +386,8 @@ class _Conv(BlockSparse):
 
     def to_dense(self) -> Tensor:
         """The weight, times the gates, as (out_channels, in_channels, *kernel_size). Differentiable."""
-        dense = _call(_fill, self.gated_weight().flatten(2)[None], self.layout.index, self.out_channels, self.in_channels * self.taps)
+        (kept, br, bc), taps = self.layout.values_shape, self.taps
+        dense = _call(_fill, self.gated_weight().reshape(1, kept, br, bc * taps), self.layout.index, self.out_channels, self.in_channels * taps)
         return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     @torch.no_grad()
