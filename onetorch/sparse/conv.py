@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _sdd
+from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _plain, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
@@ -110,7 +110,7 @@ def _sides(layout: Layout, lines: int, positions: int, dilation: int) -> tuple[_
 
 
 def _in_place(weight: Tensor) -> bool:
-    return not _looked_on() and weight.device.type == "cpu" and weight.dtype in EXACT and cpu.library() is not None
+    return not _looked_on() and _plain(weight) and weight.device.type == "cpu" and weight.dtype in EXACT and cpu.library() is not None
 
 
 def _pack(weight: Tensor, side: _Side, lines: int) -> Tensor:

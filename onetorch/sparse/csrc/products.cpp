@@ -684,7 +684,7 @@ template <bool FILL, class Length> void move_blocks(char* values, char* dense, L
   }
 }
 // The blocks of a convolution's weight, (rows, columns, taps) each, as those of products, or these put back: block t * kept + k, of tap t, stands at `place` of its line of
-// taps, as it is or transposed. A line of memory at a time of each: at addresses that are one power of two apart, the first-level cache keeps few of them.
+// taps, as it is or transposed. Eight elements of one tap, then of the next: blocks are often a power of two apart, and of such lines the first-level cache keeps few.
 template <bool PACK, class W> void move_taps(W* weight, W* const* lines, const int64_t* place, int64_t kept, int64_t rows, int64_t columns, int64_t taps, int64_t positions, bool turned, int threads) {
   constexpr int64_t n = 8;  // divides every block
   const int64_t width = turned ? rows : columns, height = turned ? columns : rows, step = turned ? columns * taps : taps, down = turned ? taps : columns * taps;
