@@ -7,9 +7,9 @@ With stride 1, in float32 and float64 on the CPU, each row of kernel positions i
 window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`, for
 forward alone and with backward; `choice` says which it is), and for every other stride, dtype and device, the weight is filled in and torch's dense
 convolution is taken; there a NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of a shared and busy AMD EPYC,
-forward and backward, blocks of 32: 1 x 1, 512 channels: 0.73 of its time with all blocks, 0.44 at 50 %, 0.26 at 25 %; 3 x 3: 0.83 to 1.05 at 50 %, 0.48
-to 0.70 at 25 %. Where the dense one is taken (3 x 3, mostly above half of the blocks, one or two images) training fills in the weight at each call and takes
-its gradient out again: 1.01 to 1.12 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
+forward and backward, blocks of 32: 1 x 1, 512 channels: 0.69 of its time with half of the blocks, 0.44 at 25 %; 3 x 3: 0.65 to 0.77 at 50 %, 0.40 to 0.53
+at 25 %. Where the dense one is taken (mostly above half of the blocks, one or two images) training fills in the weight at each call and takes its gradient
+out again: 0.98 to 1.10 of dense; where no gradient is asked for it stays filled in: 0.99 to 1.03 (benchmarks/sparse_conv.py).
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
@@ -314,8 +314,9 @@ class _Conv(BlockSparse):
         grown = math.prod([max(n + max(ends), out) / out for n, out, ends in zip(entering, size, self.padding, strict=True)])
         grown *= R * br * C * bc / (self.out_channels * self.in_channels)
         fixed, rising = costs_of(dtype, self.layout.block, math.prod(self.kernel_size), backward)
-        # what does not fall with the density is in part work on the images, which counts for less the more channels there are: the root fits 64 to 512
-        moving = math.sqrt(CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels))
+        # what does not fall with the density is work on the images, which counts for less the more channels there are; with several taps only in part, and
+        # from 64 to 512 channels the root fits
+        moving = (CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels)) ** (1.0 if self.taps == 1 else 0.5)
         return grown * (fixed * moving + rising * self.layout.density)
 
     def choice(self, *size: int, backward: bool = True) -> str:
