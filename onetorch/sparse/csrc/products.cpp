@@ -41,8 +41,12 @@ template <class U, int VW, int S> inline vec<U, VW> repeat(const void* from) {
 template <class T, int VW, int NV, int S, int ROWS>
 void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc; using V = vec<Acc, VW>;
-  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U)), window = 16384;  // bytes of values between two visits to the sums; the way to memory takes as long
-  const int64_t groups = (M + TOKENS - 1) / TOKENS, line = bk * int64_t(sizeof(T)), span = std::max<int64_t>(1, window / (bn * line));
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U));
+  constexpr int64_t window = 16384;  // bytes of values between two visits to the sums; the way to memory takes as long
+  // The values of one token are through so soon that it counts to read them in order, page by page: then no more than a block lies between two visits.
+  const int64_t line = bk * int64_t(sizeof(T));
+  const bool by_block = S == 16 && bn * line >= 4096;
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, span = by_block ? 1 : std::max<int64_t>(1, window / (bn * line));
   Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
   for (int64_t g = 0; g < groups; g++) {
     T* to = X.data + g * TOKENS * K;
