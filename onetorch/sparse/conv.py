@@ -6,10 +6,10 @@
 With stride 1, in float32 and float64 on the CPU, each row of kernel positions is one block-sparse product with the input, channels last, seen through a
 window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`, for
 forward alone and with backward; `choice` says which it is), and for every other stride, dtype and device, the weight is filled in and torch's dense
-convolution is taken; there a NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of a shared and busy AMD EPYC,
-forward and backward, blocks of 32: 1 x 1, 512 channels: 0.73 of its time with all blocks, 0.44 at 50 %, 0.26 at 25 %; 3 x 3: 0.83 to 1.05 at 50 %, 0.48
-to 0.70 at 25 %. Where the dense one is taken (3 x 3, mostly above half of the blocks, one or two images) training fills in the weight at each call and takes
-its gradient out again: 1.01 to 1.12 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
+convolution is taken; there a NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of an AMD EPYC, forward and
+backward, blocks of 32: 1 x 1, 512 channels: 0.69 of its time with half of the blocks, 0.46 at 25 %; 3 x 3: 0.64 to 0.75 at 50 %, 0.36 to 0.46 at 25 %.
+Where the dense one is taken (mostly above half of the blocks, one or two images) training fills in the weight at each call and takes its gradient out
+again: 1.00 to 1.05 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """
@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from onetorch.sparse import cpu
 from onetorch.sparse.layers import BlockSparse
 from onetorch.sparse.layout import Layout
-from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _sdd
+from onetorch.sparse.products import _PLAIN, _call, _check_operand, _dds, _fill, _plain, _sdd
 
 Size = int | tuple[int, ...]
 EXACT = (torch.float32, torch.float64)  # the products of several rows are added in their own dtype
 CHANNELS = 256
-MOST = 0.85  # of dense: what the products may be expected to take at most; at other sizes than the measured one the estimate is off by up to a seventh
+MOST = 0.92  # of dense: what the products may be expected to take at most; at other sizes than the measured one the estimate is low by up to a twelfth
 measured: dict[str, tuple[float, float]] = {}  # what is known in this process
 
 
@@ -80,79 +80,96 @@ def _ends(padding: Size | str, kernel: tuple[int, ...], stride: tuple[int, ...],
 
 
 class _Side(NamedTuple):
-    """A row of kernel positions (the last kernel dimension) as one block-sparse matrix (outputs, span inputs)."""
+    """A line of kernel positions (the last kernel dimension) as one block-sparse matrix (outputs, span inputs). Block t * kept + k of the weight, of tap t,
+    stands at `place` among the blocks of its line, as it is or, where the input's gradient turns lines, taps and blocks around, transposed.
+    """
 
     rows: Layout
-    order: Tensor  # where each of its blocks stands in (positions, kept)
-    transposed: Tensor  # where each kept block of this side stands among those of the other
-    positions: int
+    place: Tensor
+    turned: bool
 
 
-def _sides(layout: Layout, positions: int, dilation: int) -> tuple[_Side, _Side]:
+def _sides(layout: Layout, lines: int, positions: int, dilation: int) -> tuple[_Side, _Side]:
     """Of the convolution and of the gradient of its input."""
-    turned = layout.transpose()
+    transpose = layout.transpose()
+    in_transpose = layout.index[layout.index.shape[0] - 2 * layout.kept : layout.index.shape[0] - layout.kept].long()
     sides = []
-    for one, other in ((layout, turned), (turned, layout)):
+    for one, number in ((layout, torch.arange(layout.kept, device=layout.device)), (transpose, in_transpose)):
         (R, C), (br, bc), span = one.grid, one.block, (positions - 1) * dilation + 1
         mask = one.mask.new_zeros(R, span, C)
         mask[:, ::dilation] = one.mask[:, None]
         rows = Layout._of(mask.flatten(1), one.block, (R * br, span * C * bc), positions * one.kept)
-        at = torch.arange(positions * one.kept, device=one.device).view(positions, one.kept)
-        number = torch.zeros(R, span, C, device=one.device, dtype=torch.int64)
+        at = torch.zeros(R, span, C, device=one.device, dtype=torch.int64)
+        at[rows.rows.long(), rows.columns.long() % (span * C) // C, rows.columns.long() % C] = torch.arange(positions * one.kept, device=one.device)
         r, c = one.rows.long(), one.columns.long() % C
-        number[r[None], torch.arange(positions, device=one.device)[:, None] * dilation, c[None]] = at
-        order = number.view(-1)[rows.rows.long() * span * C + rows.columns.long() % (span * C)]
-        sides.append(_Side(rows, order, other.index[other.index.shape[0] - 2 * one.kept : other.index.shape[0] - one.kept].long(), positions))
+        place = torch.empty(positions, one.kept, device=one.device, dtype=torch.int64)
+        place[:, number] = at[r, :, c].T[::dilation]
+        turned = one is transpose
+        sides.append(_Side(rows, (place.flip(0) if turned else place).repeat(lines, 1).flatten(), turned))
     return sides[0], sides[1]
 
 
-def _turn(values: Tensor, sides: tuple[_Side, _Side]) -> Tensor:
-    """(rows, positions, kept, br, bc) of a convolution -> those of the convolution that is its transpose."""
-    return (values.flip(0, 1).index_select(2, sides[1].transposed) if values.numel() else values).mT
+def _in_place(weight: Tensor) -> bool:
+    return not _looked_on() and _plain(weight) and weight.device.type == "cpu" and weight.dtype in EXACT and cpu.library() is not None
+
+
+def _pack(weight: Tensor, side: _Side, lines: int) -> Tensor:
+    """(kept, br, bc, taps) -> (lines, positions kept, br, bc), the blocks of each line as those of a product of this side."""
+    if _in_place(weight):
+        return cpu.pack_taps(weight, side.place, lines, side.turned)
+    blocks = weight.movedim(3, 0).unflatten(0, (lines, -1)).flatten(1, 2)
+    blocks = blocks.flip(0).mT if side.turned else blocks
+    return blocks[:, side.place[: blocks.shape[1]].argsort()].contiguous()
+
+
+def _unpack(blocks: list[Tensor], side: _Side, taps: int) -> Tensor:
+    """Back, from the blocks of each line."""
+    if _in_place(blocks[0]):
+        return cpu.unpack_taps(blocks, side.place, taps, side.turned)
+    stacked = torch.stack(blocks)[:, side.place[: blocks[0].shape[0]]]
+    stacked = stacked.mT.flip(0) if side.turned else stacked
+    return stacked.reshape(taps, side.place.shape[0] // taps, *stacked.shape[2:]).movedim(0, 3).contiguous()
 
 
 class _Taps(torch.autograd.Function):
-    """x (L + E, inputs), values (rows, positions, kept, br, bc) -> (L, outputs): y[l] = sum over rows i of x[l + starts[i] : + span] against row i, where
-    E is the reach of the last. No window is laid out: that `span` rows of x follow each other in memory is all that a product needs.
+    """x (L + E, inputs), weight (kept, br, bc, taps) -> (L, outputs): y[l] = sum over lines i of x[l + starts[i] : + span] against line i, where E is the
+    reach of the last. No window is laid out: that `span` rows of x follow each other in memory is all that a product needs.
     """
 
     @staticmethod
-    def forward(ctx, x, values, sides, starts):
-        ctx.save_for_backward(x, values)
+    def forward(ctx, x, weight, sides, starts):
+        ctx.save_for_backward(x, weight)
         ctx.sides, ctx.starts = sides, starts
-        rows, order = sides[0].rows, sides[0].order
-        each = zip(starts, values.flatten(1, 2).index_select(1, order), strict=True)
+        rows = sides[0].rows
+        each = zip(starts, _pack(weight, sides[0], len(starts)), strict=True)
         parts = (_dds(_windows(x, start, starts, rows), blocks[None], rows.index, None, *rows.shape, True) for start, blocks in each)
         return functools.reduce(Tensor.add_, parts)[0, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        x, values = ctx.saved_tensors
-        dx = _taps_of_input(grad, values, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
-        dvalues = _TapsWeight.apply(grad, x, ctx.sides, ctx.starts) if ctx.needs_input_grad[1] else None
-        return dx, dvalues, None, None
+        x, weight = ctx.saved_tensors
+        dx = _taps_of_input(grad, weight, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
+        dweight = _TapsWeight.apply(grad, x, ctx.sides, ctx.starts, weight.shape[3]) if ctx.needs_input_grad[1] else None
+        return dx, dweight, None, None
 
 
 class _TapsWeight(torch.autograd.Function):
-    """The gradient of the values of `_Taps` from that of its result, (L, outputs), and its x."""
+    """The gradient of the weight of `_Taps` from that of its result, (L, outputs), and its x."""
 
     @staticmethod
-    def forward(ctx, grad, x, sides, starts):
+    def forward(ctx, grad, x, sides, starts, taps):
         ctx.save_for_backward(grad, x)
         ctx.sides, ctx.starts = sides, starts
-        rows, order = sides[0].rows, sides[0].order
-        made = []
-        for start in starts:
-            blocks = _sdd(grad.mT[None, None], _windows(x, start, starts, rows), rows.index, *rows.block, False)[0]
-            made.append(torch.empty_like(blocks).index_copy_(0, order, blocks))
-        return torch.stack(made).view(len(starts), sides[0].positions, sides[0].transposed.shape[0], *rows.block)
+        rows = sides[0].rows
+        blocks = [_sdd(grad.mT[None, None], _windows(x, start, starts, rows), rows.index, *rows.block, False)[0] for start in starts]
+        return _unpack(blocks, sides[0], taps)
 
     @staticmethod
-    def backward(ctx, dvalues):
+    def backward(ctx, dweight):
         grad, x = ctx.saved_tensors
-        dgrad = _Taps.apply(x, dvalues, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
-        dx = _taps_of_input(grad, dvalues, ctx.sides, ctx.starts) if ctx.needs_input_grad[1] else None
-        return dgrad, dx, None, None
+        dgrad = _Taps.apply(x, dweight, ctx.sides, ctx.starts) if ctx.needs_input_grad[0] else None
+        dx = _taps_of_input(grad, dweight, ctx.sides, ctx.starts) if ctx.needs_input_grad[1] else None
+        return dgrad, dx, None, None, None
 
 
 def _reach(starts: tuple[int, ...], rows: Layout, channels: int) -> int:
@@ -165,17 +182,17 @@ def _windows(x: Tensor, start: int, starts: tuple[int, ...], rows: Layout) -> Te
     return x[start:].as_strided((1, 1, x.shape[0] - _reach(starts, rows, x.shape[1]), rows.shape[1]), (0, 0, x.shape[1], 1))
 
 
-def _taps_of_input(grad: Tensor, values: Tensor, sides: tuple[_Side, _Side], starts: tuple[int, ...]) -> Tensor:
+def _taps_of_input(grad: Tensor, weight: Tensor, sides: tuple[_Side, _Side], starts: tuple[int, ...]) -> Tensor:
     reach = _reach(starts, sides[1].rows, grad.shape[1])
     padded = nn.functional.pad(grad, (0, 0, reach, reach))
-    return _Taps.apply(padded, _turn(values, sides), sides[::-1], tuple(starts[-1] - start for start in reversed(starts)))
+    return _Taps.apply(padded, weight, sides[::-1], tuple(starts[-1] - start for start in reversed(starts)))
 
 
 @torch.compiler.assume_constant_result
 def costs_of(dtype: torch.dtype, block: tuple[int, int], taps: int, backward: bool = True) -> tuple[float, float]:
-    """(fixed, rising): forward and backward, or forward alone, take fixed + rising * density of the time of torch's dense convolution on this machine, as
-    measured once (about a second) on one image of 28 x 28 and CHANNELS channels, and kept beside the compiled kernels, so that a run that goes on chooses
-    as before.
+    """(fixed, rising): forward and backward, or forward alone, take fixed + rising * density of the time of torch's dense convolution on this machine, whose
+    weight is filled in and whose gradient is taken out, as measured once (about a second) on one image of 28 x 28 and CHANNELS channels, and kept beside the
+    compiled kernels, so that a run that goes on chooses as before.
     """
     lib = cpu.library()
     if lib is None:
@@ -199,14 +216,14 @@ def _measure(dtype: torch.dtype, block: tuple[int, int], width: int, backward: b
     grid = CHANNELS // block[0], CHANNELS // block[1]
     with torch.device("cpu"), torch.inference_mode(False), torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
         x = torch.linspace(-1, 1, CHANNELS * 28 * 28).view(1, CHANNELS, 28, 28).to(dtype).requires_grad_(backward)
-        dense = nn.Conv2d(CHANNELS, CHANNELS, width, padding=width // 2, dtype=dtype)
-        runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(dense, dense.weight)]
+        runs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
         densities = []
         for every in (4, 1):
             mask = (torch.arange(grid[0])[:, None] + torch.arange(grid[1])) % every == 0
             layer = Conv2d(CHANNELS, CHANNELS, width, Layout.from_mask(mask, block), padding=width // 2, dtype=dtype)
             runs.append((functools.partial(layer._sparse, size=[28, 28]), layer.weight))
             densities.append(layer.layout.density)
+        runs.insert(0, (layer._dense, layer.weight))  # with its weight to fill in, as it would be taken
         times: list[list[float]] = [[], [], []]
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # one thread's own time does not count what others do on its core
         for round_ in range(5 if backward else 9):
@@ -254,6 +271,7 @@ class _Conv(BlockSparse):
         self.kernel_size = _sizes("kernel_size", kernel_size, self.dims, 1)
         self.stride, self.dilation = _sizes("stride", stride, self.dims, 1), _sizes("dilation", dilation, self.dims, 1)
         self.padding = _ends(padding, self.kernel_size, self.stride, self.dilation)
+        self.even_padding = None if any(before != after for before, after in self.padding) else tuple([before for before, _ in self.padding])
         self.taps = math.prod(self.kernel_size)
         self._create(layout, self.kernel_size, gate, device, dtype)
         self.bias = nn.Parameter(self.weight.new_empty(out_channels)) if bias else None
@@ -262,7 +280,7 @@ class _Conv(BlockSparse):
     def _take(self, layout: Layout) -> None:
         super()._take(layout)
         self._choices = {}
-        self.sides = _sides(layout, self.kernel_size[-1], self.dilation[-1])
+        self.sides = _sides(layout, math.prod(self.kernel_size[:-1]), self.kernel_size[-1], self.dilation[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) or without N -> (N, out_channels, *size'). ValueError where x does not fit."""
@@ -296,14 +314,16 @@ class _Conv(BlockSparse):
         grown = math.prod([max(n + max(ends), out) / out for n, out, ends in zip(entering, size, self.padding, strict=True)])
         grown *= R * br * C * bc / (self.out_channels * self.in_channels)
         fixed, rising = costs_of(dtype, self.layout.block, math.prod(self.kernel_size), backward)
-        moving = CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels)  # what does not fall with the density is work on the images
+        # what does not fall with the density is work on the images, which counts for less the more channels there are; with several taps only in part, and
+        # from 64 to 512 channels the root fits
+        moving = (CHANNELS / 2 * (1 / self.in_channels + 1 / self.out_channels)) ** (1.0 if self.taps == 1 else 0.5)
         return grown * (fixed * moving + rising * self.layout.density)
 
     def choice(self, *size: int, backward: bool = True) -> str:
         """What the layer does with images of this size (all sizes, or one for all) in its own dtype on this machine, in words. A measurement of a second
         may run, once per machine. For example:
 
-        sparse: density 0.250, forward and backward by products take 0.53 of the dense convolution's time; dense from 0.85
+        sparse: density 0.250, forward and backward by products take 0.53 of the dense convolution's time; dense from 0.92
         """
         density = f"density {self.layout.density:.3f}"
         if self.weight.device.type != "cpu" or cpu.library() is None or self.weight.dtype not in EXACT or any(s != 1 for s in self.stride):
@@ -323,8 +343,8 @@ class _Conv(BlockSparse):
 
     def _dense(self, x: Tensor) -> Tensor:
         weight = self._filled() if self.probe is None else self.to_dense() + self.probe
-        padding = tuple([before for before, _ in self.padding])
-        if any(before != after for before, after in self.padding):
+        padding = self.even_padding
+        if padding is None:
             x, padding = nn.functional.pad(x, [n for ends in self.padding[::-1] for n in ends]), (0,) * self.dims
         convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.dims - 1]
         return convolution(x, weight, self.bias, self.stride, padding, self.dilation)
@@ -361,14 +381,14 @@ class _Conv(BlockSparse):
         flat = x.new_zeros(max(first + places, places + reach), C * bc)
         inner = flat[first : first + places].view(N, *grown, C * bc)
         inner[(slice(None), *(slice(n) for n in x.shape[2:]), slice(self.in_channels))] = x.movedim(1, -1)
-        values = self.gated_weight().flatten(3).movedim(3, 0).unflatten(0, (-1, self.kernel_size[-1]))
-        y = _Taps.apply(flat, values, self.sides, starts)[:places].view(N, *grown, R * br)
+        y = _Taps.apply(flat, self.gated_weight().flatten(3), self.sides, starts)[:places].view(N, *grown, R * br)
         y = y[(slice(None), *(slice(n) for n in size), slice(self.out_channels))]
         return (y if self.bias is None else y + self.bias).movedim(-1, 1)
 
     def to_dense(self) -> Tensor:
         """The weight, times the gates, as (out_channels, in_channels, *kernel_size). Differentiable."""
-        dense = _call(_fill, self.gated_weight().flatten(2)[None], self.layout.index, self.out_channels, self.in_channels * self.taps)
+        (kept, br, bc), taps = self.layout.values_shape, self.taps
+        dense = _call(_fill, self.gated_weight().reshape(1, kept, br, bc * taps), self.layout.index, self.out_channels, self.in_channels * taps)
         return dense.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     @torch.no_grad()

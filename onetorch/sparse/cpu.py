@@ -113,7 +113,8 @@ def library() -> ctypes.CDLL | None:
     lib.onetorch_dds.argtypes = [i32, pointer, sizes, sizes, pointer, i64, i64, i64, i64, i64, pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32]
     lib.onetorch_sdd.argtypes = [i32, pointer, pointer, sizes, sizes, sizes, i64, i64, pointer, pointer, i64, i64, i64, i32, pointer, i32]
     lib.onetorch_move.argtypes = [pointer, pointer, sizes, pointer, pointer, i32, i32]
-    lib.onetorch_move.restype = None
+    lib.onetorch_move_taps.argtypes = [pointer, pointer, pointer, sizes, i32, i32, i32]
+    lib.onetorch_move.restype = lib.onetorch_move_taps.restype = None
     attention: list = [i32, pointer, pointer, pointer, sizes, sizes, sizes, sizes, pointer, pointer, ctypes.c_double, i32, pointer, pointer, pointer, pointer]
     attention += [ctypes.c_double, pointer]
     lib.onetorch_attention.argtypes = [*attention, pointer, pointer, i32]
@@ -190,14 +191,18 @@ def sdd(a: Tensor, b: Tensor, index: Tensor, grid: tuple[int, int], block: tuple
     return out
 
 
-_pieces: list[ctypes.Array] = []  # memory of dense weights that were let go of
+KEPT = 1 << 28  # bytes of all pieces together
+_pieces: list[ctypes.Array] = []  # memory of large results that were let go of, the last one first
 
 
-def _kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor in memory that comes back to `_pieces` when nothing holds it any more. The system's allocator would give pages of this size back at
-    each call, and fetching new ones takes longer than writing them: up to half of a convolution's time. The last two pieces are kept.
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor, a large one in memory that comes back to `_pieces` when nothing holds it any more. The system's allocator would give pages of this
+    size back at each call, and fetching new ones takes longer than writing them: up to half of a convolution's time.
     """
-    size = math.prod(shape) * dtype.itemsize
+    count = math.prod(shape)
+    size = count * like.element_size() + 64
+    if size < 1 << 18:
+        return like.new_empty(shape)
     piece = next((piece for piece in _pieces if len(piece) == size), None)
     if piece is None:
         piece = (ctypes.c_char * size)()
@@ -208,25 +213,26 @@ def _kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             piece = (ctypes.c_char * size)()
     held = type(piece).from_buffer(piece)
     weakref.finalize(held, _come_back, piece).atexit = False
-    return torch.frombuffer(held, dtype=dtype).view(shape)
+    # at the beginning of a line, as torch's own memory: lines that are written in two parts take twice as long
+    return torch.frombuffer(held, dtype=like.dtype, count=count, offset=-ctypes.addressof(piece) % 64).view(shape)
 
 
 def _come_back(piece: ctypes.Array) -> None:
     _pieces.insert(0, piece)
-    del _pieces[2:]
+    while sum(map(len, _pieces)) > KEPT:
+        del _pieces[-1:]
 
 
 def fill(values: Tensor, index: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """values (G, kept, br, bc), without heads -> (G, *shape), zeros outside the blocks."""
-    whole = (values.shape[0], *shape)
-    dense = _kept_memory(whole, values.dtype) if math.prod(whole) * values.element_size() >= 1 << 20 else values.new_empty(whole)
+    dense = _empty(values, (values.shape[0], *shape))
     _move(values.contiguous(), dense, index, grid, True)
     return dense
 
 
 def take(dense: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, int]) -> Tensor:
     """dense (G, rows, columns), without heads -> (G, kept, br, bc), zeros beyond the edge."""
-    values = dense.new_empty(dense.shape[0], (index.shape[0] - sum(grid) - 2) // 4, *block)
+    values = _empty(dense, (dense.shape[0], (index.shape[0] - sum(grid) - 2) // 4, *block))
     _move(values, dense.contiguous(), index, grid, False)
     return values
 
@@ -234,11 +240,36 @@ def take(dense: Tensor, index: Tensor, grid: tuple[int, int], block: tuple[int, 
 def _move(values: Tensor, dense: Tensor, index: Tensor, grid: tuple[int, int], fill: bool) -> None:
     lib = library()
     assert lib is not None
-    (br, bc), (rows, columns), width = values.shape[2:], dense.shape[1:], dense.element_size()
+    (G, rows, columns), (br, bc), width = dense.shape, values.shape[2:], dense.element_size()
     size, columns_at = _longs(*grid, br, bc * width, rows, columns * width), index.data_ptr() + 4 * (grid[0] + 1)
-    threads = _threads(8 * dense[0].numel()) if dense.shape[0] else 1  # as long as eight multiplications
-    for one, matrix in zip(values, dense, strict=True):
-        lib.onetorch_move(one.data_ptr(), matrix.data_ptr(), size, index.data_ptr(), columns_at, int(fill), threads)
+    threads = _threads(8 * rows * columns)  # as long as eight multiplications
+    for g in range(G):
+        one, matrix = values.data_ptr() + g * values.stride(0) * width, dense.data_ptr() + g * rows * columns * width
+        lib.onetorch_move(one, matrix, size, index.data_ptr(), columns_at, int(fill), threads)
+
+
+def pack_taps(weight: Tensor, place: Tensor, lines: int, turned: bool) -> Tensor:
+    """weight (kept, br, bc, taps) of words of 4 or 8 bytes -> its blocks (lines, taps / lines * kept, br, bc), `turned` (..., bc, br): see `conv._Side`."""
+    kept, br, bc, taps = weight.shape
+    packed = _empty(weight, (lines, taps // lines * kept, *((bc, br) if turned else (br, bc))))
+    _move_taps(weight.contiguous(), list(packed), place, turned, True)
+    return packed
+
+
+def unpack_taps(lines: list[Tensor], place: Tensor, taps: int, turned: bool) -> Tensor:
+    """Back: as many blocks of each line -> (kept, br, bc, taps)."""
+    kept, block = place.shape[0] // taps, lines[0].shape[1:]
+    weight = _empty(lines[0], (kept, *(block[::-1] if turned else block), taps))
+    _move_taps(weight, [line.contiguous() for line in lines], place, turned, False)
+    return weight
+
+
+def _move_taps(weight: Tensor, lines: list[Tensor], place: Tensor, turned: bool, pack: bool) -> None:
+    lib = library()
+    assert lib is not None
+    size = _longs(*weight.shape, weight.shape[3] // len(lines), weight.element_size())
+    at = (ctypes.c_void_p * len(lines))(*(line.data_ptr() for line in lines))
+    lib.onetorch_move_taps(weight.data_ptr(), at, place.data_ptr(), size, int(turned), int(pack), _threads(8 * weight.numel()))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

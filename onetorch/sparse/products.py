@@ -339,8 +339,31 @@ class _Sdd(torch.autograd.Function):
     backward = staticmethod(_sdd_backward)
 
 
+class _Fill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _fill_setup(ctx, inputs, None)
+        return _fill_eager(*inputs)
+
+    backward = staticmethod(_fill_backward)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _take_setup(ctx, inputs, None)
+        return _take_eager(*inputs)
+
+    backward = staticmethod(_take_backward)
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DIRECT: dict[object, tuple[type[torch.autograd.Function], Callable[..., Tensor]]] = {_dds: (_Dds, _dds_eager), _sdd: (_Sdd, _sdd_eager)}
+_DIRECT: dict[object, tuple[type[torch.autograd.Function], Callable[..., Tensor]]] = {
+    _dds: (_Dds, _dds_eager),
+    _sdd: (_Sdd, _sdd_eager),
+    _fill: (_Fill, _fill_eager),
+    _take: (_Take, _take_eager),
+}
 
 
 def _plain(tensor: Tensor) -> bool:

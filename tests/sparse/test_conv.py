@@ -76,6 +76,23 @@ def test_equals_torch(path):
     assert max(worst.values()) <= 1, {seed: ratio for seed, ratio in worst.items() if ratio > 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_line_of_taps_is_one_matrix(path, dtype):
+    """Against the dense weight, tap by tap: position p of line i in the columns of place 2 p of a window; for the input's gradient all turned around."""
+    layout = Layout.from_mask(torch.tensor([[True, False, True], [False, True, True]]), (16, 8))
+    layer = Conv2d(24, 32, (2, 3), layout, dilation=(1, 2), dtype=dtype)
+    weight = torch.arange(1.0, layer.weight.numel() + 1, dtype=dtype).view(layer.weight.shape)  # no number twice
+    dense = layout.to_dense(weight.flatten(3).movedim(3, 0)).view(2, 3, 32, 24)
+    for side, there in zip(layer.sides, (dense, dense.flip(0, 1).mT), strict=True):
+        blocks = conv._pack(weight.flatten(3), side, 2)
+        outputs, inputs = there.shape[2:]
+        for i in range(2):
+            want = torch.zeros(outputs, 5, inputs, dtype=dtype)
+            want[:, ::2] = there[i].movedim(0, 1)
+            assert torch.equal(side.rows.to_dense(blocks[i]), want.flatten(1))
+        assert torch.equal(conv._unpack(list(blocks), side, 6), weight.flatten(3))
+
+
 def test_gradcheck(path):
     torch.manual_seed(0)
     layer = Conv2d(12, 8, (2, 3), patterns.random((8, 12), 8, 0.5, torch.Generator().manual_seed(0)), padding=1, dtype=torch.float64)

@@ -78,3 +78,21 @@ def test_memory_of_dense_weights_comes_back_only_when_nobody_holds_it():
     assert third.data_ptr() == address
     assert torch.equal(third[0], layout.to_dense(2 * values[0]))
     assert torch.equal(second[0], layout.to_dense(-values[0]))
+    assert second.data_ptr() % 64 == third.data_ptr() % 64 == 0
+
+
+def test_blocks_of_a_large_matrix_come_back(monkeypatch):
+    """So large that it is written past the caches; memory that would be more than is kept goes back to the system."""
+    if cpu.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(cpu, "_pieces", [])
+    monkeypatch.setattr(cpu, "KEPT", 3 << 20)
+    for shape in ((1024, 1024), (1000, 1008), (1000, 1000)):  # the lines of the last are not whole lines of memory
+        layout = Layout.from_mask(torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5, 128, shape)
+        dense = torch.arange(1.0, shape[0] * shape[1] + 1).view(1, *shape)
+        values = cpu.take(dense, layout.index, layout.grid, layout.block)
+        assert torch.equal(values[0], layout.from_dense(dense[0]))
+        assert torch.equal(cpu.fill(values, layout.index, layout.grid, shape)[0], layout.to_dense(values[0]))
+        assert sum(map(len, cpu._pieces)) <= cpu.KEPT
+    del values
+    assert [len(piece) > 1 << 20 for piece in cpu._pieces] == [True]

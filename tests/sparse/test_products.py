@@ -486,6 +486,15 @@ def test_heads_must_be_those_of_the_layout():
         dds(x[:, :1], values, layout)
 
 
+@pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 32), (64, 16)])
+def test_rows_of_the_identity_are_rows_of_the_matrix(path, block):
+    """bfloat16 values that a product turns block by block, in the order of the columns: no number may end up elsewhere."""
+    layout = Layout.from_mask(torch.rand(128 // block[0], 192 // block[1], generator=torch.Generator().manual_seed(0)) < 0.9, block)
+    values = torch.randn(layout.values_shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    rows = torch.eye(128, dtype=torch.bfloat16)[:80]
+    assert torch.equal(dds(rows, values, layout), layout.to_dense(values)[:80])
+
+
 def test_tokens_need_not_be_in_one_piece(path):
     """A slice of a larger batch, and more leading dimensions than one."""
     g = torch.Generator().manual_seed(0)

@@ -281,7 +281,7 @@ template <class Acc, class T, int VW> inline void emit(T* dst, vec<Acc, VW> v, i
 template <class T> bool streams(const T* y, int64_t size, int64_t row, int64_t columns) {
   return size * int64_t(sizeof(T)) > 1 << 20 && reinterpret_cast<uintptr_t>(y) % 64 == 0 && row * sizeof(T) % 64 == 0 && columns * sizeof(T) % 64 == 0;
 }
-inline void stream_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from)); }
+inline void stream_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from)); }
 inline void stream_end() { _mm_sfence(); }
 #else
 template <class T> bool streams(const T*, int64_t, int64_t, int64_t) { return false; }

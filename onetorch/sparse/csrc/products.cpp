@@ -41,8 +41,12 @@ template <class U, int VW, int S> inline vec<U, VW> repeat(const void* from) {
 template <class T, int VW, int NV, int S, int ROWS>
 void few(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc; using V = vec<Acc, VW>;
-  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U)), window = 16384;  // bytes of values between two visits to the sums; the way to memory takes as long
-  const int64_t groups = (M + TOKENS - 1) / TOKENS, line = bk * int64_t(sizeof(T)), span = std::max<int64_t>(1, window / (bn * line));
+  constexpr int64_t chunk = S * Mode<T>::P, TOKENS = VW * NV / S, bytes = ROWS * S * int64_t(sizeof(U));
+  constexpr int64_t window = 16384;  // bytes of values between two visits to the sums; the way to memory takes as long
+  // The values of one token are through so soon that it counts to read them in order, page by page: then no more than a block lies between two visits.
+  const int64_t line = bk * int64_t(sizeof(T));
+  const bool by_block = S == 16 && bn * line >= 4096;
+  const int64_t groups = (M + TOKENS - 1) / TOKENS, span = by_block ? 1 : std::max<int64_t>(1, window / (bn * line));
   Buffer<T> X(groups * TOKENS * K);  // element (token, k) of a group at ((k / chunk) * TOKENS + token) * chunk + k % chunk
   for (int64_t g = 0; g < groups; g++) {
     T* to = X.data + g * TOKENS * K;
@@ -234,18 +238,22 @@ template <class T> inline void turn_block(T* to, const T* from, int64_t rows, in
   }
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
   if constexpr (std::is_same<T, bf16>::value) {
-    if (rows % 16 == 0 && columns % 32 == 0) {  // words hold two columns of a row: turned as such, then parted
-      const __m512i part = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-      for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t c = 0; c < columns; c += 32) {
-          alignas(64) uint32_t words[256];
-          transpose_words<16>(words, 16, reinterpret_cast<const uint32_t*>(from + r * columns + c), columns / 2);
-          for (int64_t i = 0; i < 16; i++) {
-            const __m512i two = _mm512_permutexvar_epi16(part, _mm512_load_si512(words + 16 * i));
-            T* line = to + (c + 2 * i) * rows + r;
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line), _mm512_castsi512_si256(two));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + rows), _mm512_extracti64x4_epi64(two, 1));
-          }
+    if (rows % 16 == 0 && columns % 16 == 0) {  // two rows as one of pairs; pairs are words, which are turned
+      const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+      auto tile = [&](auto width, int64_t r, int64_t c) {
+        constexpr int W = width();
+        alignas(64) uint32_t words[16 * W];
+        UNROLL for (int i = 0; i < W; i++) {
+          const T* two = from + (r + 2 * i) * columns + c;
+          const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two)), second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + columns));
+          _mm512_store_si512(words + 16 * i, _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));
+        }
+        for (int e = 0; e < 16; e += W) transpose_words<W>(reinterpret_cast<uint32_t*>(to + (c + e) * rows + r), rows / 2, words + e, 16);
+      };
+      for (int64_t r = 0; r < rows; r += rows % 32 ? 16 : 32)
+        for (int64_t c = 0; c < columns; c += 16) {
+          if (rows % 32) tile(std::integral_constant<int, 8>{}, r, c);
+          else tile(std::integral_constant<int, 16>{}, r, c);
         }
       return;
     }
@@ -644,31 +652,57 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
 // after block; what lies a row apart is asked for a kilobyte ahead, since the machine does not look that far.
 template <bool FILL, class Length> void move_blocks(char* values, char* dense, Length run, int64_t row, int64_t height, int64_t R, int64_t C, int64_t br, const int32_t* offsets, const int32_t* columns, int threads) {
   const int64_t ahead = std::max<int64_t>(1, 1024 / run);
-  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
-  for (int64_t r = 0; r < R; r++) {
-    const int64_t rows = std::min(br, height - r * br);
-    int64_t p = offsets[r];
-    for (int64_t c = 0; c < C; c++) {
-      const bool kept = p < offsets[r + 1] && columns[p] % C == c;
-      if (!kept && !FILL) continue;
-      const int64_t length = std::min<int64_t>(run, row - c * run);
-      char *line = dense + r * br * row + c * run, *block = values + p * br * run;
-      p += kept;
-      for (int64_t i = 0; i < rows; i++, line += row, block += run) {
-        const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
-        for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
-        if (length == run) {
-          if (kept) std::memcpy(FILL ? line : block, FILL ? block : line, run);
-          else std::memset(line, 0, run);
-        } else if (FILL) {
-          if (kept) std::memcpy(line, block, length); else std::memset(line, 0, length);
-        } else {
-          std::memcpy(block, line, length);
-          std::memset(block + length, 0, run - length);
+  const bool past_cache = FILL ? streams(dense, height * row, row, run) : streams(values, offsets[R] * br * run, run, row);
+  auto set = [&](char* to, const char* from, int64_t size) {  // from null: zeros
+    alignas(64) static const char zeros[64] = {};
+    if (past_cache) for (int64_t e = 0; e < size; e += 64) stream_line(to + e, from ? from + e : zeros);
+    else if (from) std::memcpy(to, from, size);
+    else std::memset(to, 0, size);
+  };
+  PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
+    PRAGMA(omp for schedule(static))
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t rows = std::min(br, height - r * br);
+      int64_t p = offsets[r];
+      for (int64_t c = 0; c < C; c++) {
+        const bool kept = p < offsets[r + 1] && columns[p] % C == c;
+        if (!kept && !FILL) continue;
+        const int64_t length = std::min<int64_t>(run, row - c * run);
+        char *line = dense + r * br * row + c * run, *block = values + p * br * run;
+        p += kept;
+        for (int64_t i = 0; i < rows; i++, line += row, block += run) {
+          const char* later = i + ahead < rows ? line + ahead * row : line + (ahead - rows) * row + run;  // of this block or of the next
+          for (int64_t e = 0; e < run; e += 64) if (!FILL) __builtin_prefetch(later + e);
+          char* to = FILL ? line : block;
+          const char* from = FILL ? (kept ? block : nullptr) : line;
+          if (length == run) set(to, from, run);
+          else {
+            set(to, from, length);
+            if (!FILL) set(to + length, nullptr, run - length);
+          }
         }
+        if (!FILL) for (int64_t i = rows; i < br; i++, block += run) set(block, nullptr, run);
       }
-      if (!FILL) for (int64_t i = rows; i < br; i++, block += run) std::memset(block, 0, run);
     }
+    stream_end();
+  }
+}
+// The blocks of a convolution's weight, (rows, columns, taps) each, as those of products, or these put back: block t * kept + k, of tap t, stands at `place` of its line of
+// taps, as it is or transposed. Eight elements of one tap, then of the next: blocks are often a power of two apart, and of such lines the first-level cache keeps few.
+template <bool PACK, class W> void move_taps(W* weight, W* const* lines, const int64_t* place, int64_t kept, int64_t rows, int64_t columns, int64_t taps, int64_t positions, bool turned, int threads) {
+  constexpr int64_t n = 8;  // divides every block
+  const int64_t width = turned ? rows : columns, height = turned ? columns : rows, step = turned ? columns * taps : taps, down = turned ? taps : columns * taps;
+  PRAGMA(omp parallel for schedule(static) num_threads(threads) if (threads > 1))
+  for (int64_t k = 0; k < kept; k++) {
+    auto move = [&](int64_t r, int64_t c) {
+      W* from = weight + k * rows * columns * taps + r * down + c * step;
+      for (int64_t t = 0; t < taps; t++, from++) {
+        W* block = lines[(turned ? taps - 1 - t : t) / positions] + place[t * kept + k] * rows * columns + r * width + c;
+        UNROLL for (int i = 0; i < n; i++) { if (PACK) block[i] = from[i * step]; else from[i * step] = block[i]; }
+      }
+    };
+    if (turned) for (int64_t c = 0; c < width; c += n) for (int64_t r = 0; r < height; r++) move(r, c);
+    else for (int64_t r = 0; r < height; r++) for (int64_t c = 0; c < width; c += n) move(r, c);
   }
 }
 }  // namespace
@@ -687,6 +721,15 @@ void onetorch_move(void* values, void* dense, const int64_t* size, const int32_t
     case 256: return go(std::integral_constant<int64_t, 256>{});
     default: return go(size[3]);
   }
+}
+// size: kept, rows and columns of a block, taps, taps of a line, bytes of an element. `pack`: the weight to lines, or else lines to the weight.
+void onetorch_move_taps(void* weight, void* const* lines, const int64_t* place, const int64_t* size, int turned, int pack, int threads) {
+  auto go = [&](auto word) {
+    using W = decltype(word);
+    auto move = pack ? move_taps<true, W> : move_taps<false, W>;
+    move(static_cast<W*>(weight), reinterpret_cast<W* const*>(lines), place, size[0], size[1], size[2], size[3], size[4], turned != 0, threads);
+  };
+  if (size[5] == 4) go(uint32_t{}); else go(uint64_t{});
 }
 // strides in elements; wg = 0: one set of values for all G; order may be null. Returns 0, 1 (out of memory) or 2 (unknown dtype).
 int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* xstride, const void* w, int64_t wg, int64_t bk, int64_t bn, int64_t wk, int64_t wn,
