@@ -227,7 +227,7 @@ def ddpg(Config: Any) -> Any:
     return Config()
 
 
-@recipe("ddpg", reaches="mean return 7,970 after 300,000 steps (7,030 to 9,130 over 3 seeds; stable-baselines3's DDPG 3,050), 740 to 1,440 CPU-s on one busy core")
+@recipe("ddpg", reaches="mean return 7,970 after 300,000 steps (7,030 to 9,130 over 3 seeds; stable-baselines3's DDPG 3,050), 740 to 1,440 CPU-s on one core")
 def ddpg_halfcheetah(Config: Any) -> Any:
     """DDPG on HalfCheetah-v5 (MuJoCo, needs the extra `rl`)."""
     return Config(env="HalfCheetah-v5", **REPLAY_MUJOCO)
