@@ -256,7 +256,6 @@ torch.library.register_autograd("onetorch_sparse::fill", _fill_backward, setup_c
 torch.library.register_autograd("onetorch_sparse::take", _take_backward, setup_context=_take_setup)
 
 
-
 # Under torch.func.vmap the new dimension joins G.
 
 
@@ -321,48 +320,20 @@ _FUNCTIONS: dict[object, type[torch.autograd.Function]] = {
 # Where nothing looks on (no compiler, no mode, no subclass), the dispatcher is left out: its Python frames cost as much as a product at 2 % density.
 
 
-class _Dds(torch.autograd.Function):
-    @staticmethod
+def _direct(eager, setup, backward) -> tuple[type[torch.autograd.Function], Callable[..., Tensor]]:
     def forward(ctx, *inputs):
-        _dds_setup(ctx, inputs, None)
-        return _dds_eager(*inputs)
+        setup(ctx, inputs, None)
+        return eager(*inputs)
 
-    backward = staticmethod(_dds_backward)
-
-
-class _Sdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _sdd_setup(ctx, inputs, None)
-        return _sdd_eager(*inputs)
-
-    backward = staticmethod(_sdd_backward)
-
-
-class _Fill(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _fill_setup(ctx, inputs, None)
-        return _fill_eager(*inputs)
-
-    backward = staticmethod(_fill_backward)
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _take_setup(ctx, inputs, None)
-        return _take_eager(*inputs)
-
-    backward = staticmethod(_take_backward)
+    return type(eager.__name__, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}), eager
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DIRECT: dict[object, tuple[type[torch.autograd.Function], Callable[..., Tensor]]] = {
-    _dds: (_Dds, _dds_eager),
-    _sdd: (_Sdd, _sdd_eager),
-    _fill: (_Fill, _fill_eager),
-    _take: (_Take, _take_eager),
+    _dds: _direct(_dds_eager, _dds_setup, _dds_backward),
+    _sdd: _direct(_sdd_eager, _sdd_setup, _sdd_backward),
+    _fill: _direct(_fill_eager, _fill_setup, _fill_backward),
+    _take: _direct(_take_eager, _take_setup, _take_backward),
 }
 
 
