@@ -389,7 +389,8 @@ def decode(
 
     Only the blocks of the cache that the layout keeps for these rows are read (for one of its heads: a key head reads what any of its query heads needs),
     so a token of a local or strided pattern costs the same however long the text is. Gathers and PyTorch's attention, on every device; on a GPU it waits
-    for the number of blocks. Equal to `attention` but for rounding. Returns (B, H, n, Dv). ValueError names the argument that does not fit.
+    for the number of blocks. Equal to `attention` but for rounding. Under torch.compile one graph serves every `start`. Returns (B, H, n, Dv). ValueError
+    names the argument that does not fit.
     """
     _check_layout(layout)
     device = layout.device
@@ -420,7 +421,8 @@ def decode(
     kept = layout.mask[..., place // br, :].view(layout.heads or 1, n, -1)  # (1 or H, n, C)
     sets = kept.view(1 if layout.heads is None else Hk, -1, layout.grid[1])  # which key head reads what
     wanted = sets.any(1)  # (1 or Hk, C)
-    columns = wanted.sort(dim=1, descending=True, stable=True).indices[:, : int(wanted.sum(1).max())]  # (1 or Hk, m)
+    most = max(1, int(wanted.sum(1).max()))  # never 0: torch.compile, for which the number is unknown, would ask whether it is
+    columns = wanted.sort(dim=1, descending=True, stable=True).indices[:, :most]  # (1 or Hk, m)
     at = (columns[:, :, None] * bc + torch.arange(bc, device=device)).flatten(1)  # places in the layout, (1 or Hk, m bc)
     key = at if order is None else order[at.clamp_max(Sk - 1)]
     exists = (at < Sk) & (key < end)
@@ -432,7 +434,7 @@ def decode(
 
     picked = of_queries(columns)[:, None, :].expand(-1, n, -1)  # (1 or H, n, m)
     allowed = kept.gather(2, picked).repeat_interleave(bc, 2) & of_queries(exists)[:, None]  # (1 or H, n, m bc)
-    if mask is not None:
+    if mask is not None and layout.kept:
         number = layout.mask.view(-1).cumsum(0).view(layout.mask.shape) - 1
         number = number[..., place // br, :].view(layout.heads or 1, n, -1).gather(2, picked).clamp_min(0)
         allowed = allowed & mask[number, (place % br)[None, :, None]].flatten(2)
@@ -452,7 +454,8 @@ def decode(
     q, keys, values = _cast(q, keys, values)
     blind = ~allowed.any(3, keepdim=True)
     allowed = (allowed | blind).expand(B, H, n, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=scale, enable_gqa=Hk != H)
+    grouped = {"enable_gqa": True} if Hk != H else {}  # asked and not passed on: of dynamic sizes torch.compile makes no bool that the function takes
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=scale, **grouped)
     return out.masked_fill(blind, 0.0)
 
 

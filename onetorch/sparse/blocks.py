@@ -77,13 +77,31 @@ def softmax(values: Tensor, layout: Layout, *, scale: float = 1.0, mask: Tensor 
     return _Softmax.apply(values, allowed, layout, float(scale))
 
 
+@torch.compiler.assume_constant_result  # how many pairs there are depends on values, which a graph cannot know; it watches the identity of the layouts
+def _meeting(a_layout: Layout, b_layout: Layout, layout: Layout | None) -> tuple[Layout, Tensor, Tensor, Tensor]:
+    """The layout of the product, and where the two blocks and the result of each pair that meets stand, three times (pairs,)."""
+    possible = a_layout @ b_layout
+    layout = possible if layout is None else layout
+    possible._same(layout)
+    H, K, C = a_layout.heads or 1, a_layout.grid[1], b_layout.grid[1]
+    offsets = b_layout.index[: H * K + 1].long()
+    a_rows, a_columns, b_columns = a_layout.rows.long(), a_layout.columns.long(), b_layout.columns.long()
+    count = offsets[a_columns + 1] - offsets[a_columns]  # how many blocks of b each block of a meets
+    left = torch.arange(a_layout.kept, device=layout.device).repeat_interleave(count)
+    right = offsets[a_columns][left] + torch.arange(left.shape[0], device=layout.device) - (count.cumsum(0) - count)[left]
+    where = a_rows[left] * C + b_columns[right] % C
+    wanted = layout.mask.view(-1)[where]
+    left, right, where = left[wanted], right[wanted], where[wanted]
+    return layout, left, right, (layout.mask.view(-1).cumsum(0) - 1)[where]
+
+
 def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout | None = None) -> tuple[Tensor, Layout]:
     """sparse (R, K) @ sparse (K, C) -> (values (..., kept, br, bc), layout).
 
     a (..., kept, br, bk) of `a_layout`, b (..., kept, bk, bc) of `b_layout`, with the same leading dimensions, heads and blocks of K. `layout` (R, C) is what
     of the product is wanted; left out: all that can be other than zero, `a_layout @ b_layout`. Memory grows with the pairs of blocks that meet (for the
     backward pass), not with R, K and C. What blocks hold beyond the edge is not read. Differentiable any number of times; on the CPU bit-identical from
-    call to call. ValueError names the argument that does not fit.
+    call to call. Under torch.compile the layouts are constants: others compile again. ValueError names the argument that does not fit.
     """
     for name, one in (("a_layout", a_layout), ("b_layout", b_layout)):
         if not isinstance(one, Layout):
@@ -92,11 +110,9 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
     _check_values(b, b_layout, "b")
     if a.shape[:-3] != b.shape[:-3] or a.dtype != b.dtype:
         raise ValueError(f"b: expected leading dimensions {tuple(a.shape[:-3])} and {a.dtype} as a has, got {tuple(b.shape)} {b.dtype}")
-    possible = a_layout @ b_layout
-    layout = possible if layout is None else layout
-    possible._same(layout)
+    layout, left, right, target = _meeting(a_layout, b_layout, layout)
     kind = _accumulator(a.dtype)
-    H, K, C, (br, bk), bc = a_layout.heads or 1, a_layout.grid[1], b_layout.grid[1], a_layout.block, b_layout.block[1]
+    H, (br, bk), bc = a_layout.heads or 1, a_layout.block, b_layout.block[1]
 
     def clean(values: Tensor, of: Layout) -> Tensor:
         inside = _inside(of.index, H, of.grid, of.block, *of.shape)
@@ -108,18 +124,12 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
         with torch.autocast(x.device.type, enabled=False):  # sums are carried in `kind`
             return x @ y
 
-    offsets = b_layout.index[: H * K + 1].long()
-    a_rows, a_columns, b_columns = a_layout.rows.long(), a_layout.columns.long(), b_layout.columns.long()
-    count = offsets[a_columns + 1] - offsets[a_columns]  # how many blocks of b each block of a meets
-    left = torch.arange(a_layout.kept, device=a.device).repeat_interleave(count)
-    right = offsets[a_columns][left] + torch.arange(left.shape[0], device=a.device) - (count.cumsum(0) - count)[left]
-    where = a_rows[left] * C + b_columns[right] % C
-    wanted = layout.mask.view(-1)[where]
-    left, right, where = left[wanted], right[wanted], where[wanted]
-    target = (layout.mask.view(-1).cumsum(0) - 1)[where]
     x, y = clean(a, a_layout), clean(b, b_layout)
-    values = x.new_zeros(*a.shape[:-3], *layout.values_shape)
-    step = max(1, CHUNK // (max(1, prod(a.shape[:-3])) * (br * bk + bk * bc + br * bc)))
-    for i, j, t in zip(left.split(step), right.split(step), target.split(step), strict=True):
+    values = x.new_zeros(*a.shape[:-3], layout.kept, br, bc)
+    parts = [(left, right, target)]
+    if not torch.compiler.is_compiling():  # which would ask into how many parts a number of pairs falls that it takes for unknown
+        step = max(1, CHUNK // (max(1, prod(a.shape[:-3])) * (br * bk + bk * bc + br * bc)))
+        parts = list(zip(left.split(step), right.split(step), target.split(step), strict=True))
+    for i, j, t in parts:
         values = values.index_add(-3, t, product(x.index_select(-3, i), y.index_select(-3, j)))
     return values.to(a.dtype), layout

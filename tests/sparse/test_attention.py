@@ -354,6 +354,19 @@ def test_decode_is_attention_token_by_token():
     assert max(errors.values()) <= 1e-12, {seed: e for seed, e in errors.items() if e > 1e-12}
 
 
+def test_decode_compiles_whole_and_once_for_all_places():
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 64, 16, generator=g) for _ in range(2))
+    empty = Layout.from_mask(torch.zeros(4, 4, dtype=torch.bool), 16)
+    for layout, heads in ((patterns.local(64, 16, 24), 2), (Layout.from_mask(torch.rand(4, 4, 4, generator=g) < 0.6, 16), 4), (empty, 2)):
+        compiled = torch.compile(lambda q, start, layout=layout: decode(q, k, v, layout, start), fullgraph=True, backend="aot_eager")
+        for start in range(30, 64):
+            q = torch.randn(1, heads, 1, 16, generator=g)
+            with torch._dynamo.config.patch(error_on_recompile=start > 31):
+                assert torch.equal(compiled(q, start), decode(q, k, v, layout, start))
+        torch._dynamo.reset()
+
+
 def test_decode_low_precision_and_without_causal():
     g = torch.Generator().manual_seed(0)
     layout = patterns.local(64, 16, 20)

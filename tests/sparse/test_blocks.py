@@ -163,3 +163,20 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sss_compiles_whole_for_each_layout(dynamic):
+    """Layouts of equal shapes and numbers of blocks, so that only their identity tells them apart."""
+    g = torch.Generator().manual_seed(0)
+    compiled = torch.compile(sss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for lead in ((2,), (3,), (4,)):
+        left, right, given = (patterns.random(shape, 16, 0.4, g) for shape in ((60, 96), (96, 48), (60, 48)))
+        a, b = (torch.randn(*lead, *layout.values_shape, generator=g, requires_grad=True) for layout in (left, right))
+        for wanted in (None, given):
+            (values, layout), (want, want_layout) = compiled(a, b, left, right, wanted), sss(a, b, left, right, wanted)
+            assert layout == want_layout
+            assert torch.equal(values, want)
+            for x, y in zip(torch.autograd.grad(values.square().sum(), (a, b)), torch.autograd.grad(want.square().sum(), (a, b)), strict=True):
+                assert torch.equal(x, y)
+    torch._dynamo.reset()

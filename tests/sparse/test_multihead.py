@@ -103,6 +103,21 @@ def test_writes_token_by_token_under_autocast():
     assert float((got - want).abs().max()) < 0.03 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_writing_compiles_whole(dynamic):
+    torch.manual_seed(0)
+    layer, x = MultiheadAttention(32, 4, patterns.local(24, 8, 10), key_heads=2, causal=True), torch.randn(2, 24, 32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    cache = layer.new_cache(2)
+    parts = [layer(x[:, :10], cache=cache)]
+    for at in range(10, 24):
+        with torch._dynamo.config.patch(error_on_recompile=at > 11):
+            parts.append(compiled(x[:, at : at + 1], cache=cache))
+    assert error(torch.cat(parts, 1), layer(x)) <= 1e-6
+    torch._dynamo.reset()
+
+
 def test_wrong_arguments():
     layout = patterns.causal(16, 8)
     for arguments, message in (
