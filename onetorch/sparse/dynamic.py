@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from onetorch.sparse.layers import BlockSparse
+from onetorch.sparse.layers import BlockSparse, _check_moves
 from onetorch.sparse.products import _check_number
 
 
@@ -46,7 +46,7 @@ class DynamicSparsity:
     layer's: its first steps in a new block are small).
 
     model       its layers of `onetorch.sparse` take part; ValueError where there are none
-    optimizer   one or several (a tuple) that hold the layers' parameters
+    optimizer   one or several (a tuple) that hold the layers' parameters; not LBFGS, whose history runs through all parameters at once (ValueError)
     grow        "random", "gradient", or None: nothing is grown, for gradual pruning only
     every, begin, end   in steps; RigL stops after three quarters of the training
     fraction    the share of the blocks that is exchanged at first
@@ -80,6 +80,7 @@ class DynamicSparsity:
         for one in self.optimizers:
             if not isinstance(one, torch.optim.Optimizer):
                 raise ValueError(f"optimizer: expected an optimizer or a tuple of them, got {type(one).__name__}")
+        _check_moves(self.optimizers)
         for name, steps in (("every", every), ("begin", begin), ("end", end)):
             if type(steps) is not int:
                 raise ValueError(f"{name}: expected a number of steps, got {steps!r}")

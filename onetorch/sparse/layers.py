@@ -16,6 +16,24 @@ from torch import Tensor, nn
 from onetorch.sparse.layout import Layout, _ends_in, _with_values
 from onetorch.sparse.products import DTYPES, dds
 
+BEGINS = {"step_size": "lr", "sum": "initial_accumulator_value"}  # state that begins with an option of its optimizer and not with 0: Rprop's, Adagrad's
+
+
+def _by_blocks(tensor: object, parameter: Tensor) -> bool:
+    """Whether an optimizer's state has something for each block: an element for each of its elements, or, as Adafactor's, one for each row or column of it."""
+    return isinstance(tensor, Tensor) and tensor.ndim == parameter.ndim and tensor.shape[0] == parameter.shape[0]
+
+
+def _check_moves(optimizers: tuple[torch.optim.Optimizer, ...], parameters: tuple[Tensor, ...] = ()) -> None:
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer: expected one whose state can move along with the blocks, got LBFGS, whose history runs through all parameters at once")
+        for parameter in parameters:
+            for key, tensor in optimizer.state.get(parameter, {}).items():
+                if isinstance(tensor, Tensor) and tensor.numel() > 1 and not _by_blocks(tensor, parameter):
+                    expected = f"optimizer: expected state that can move along with the blocks of a parameter of {tuple(parameter.shape)}"
+                    raise ValueError(f"{expected}, got {key} of {tuple(tensor.shape)} from {type(optimizer).__name__}")
+
 
 class BlockSparse(nn.Module):
     """What the layers share: weights that lie in the blocks of a layout, and a layout that can change (`set_layout`).
@@ -77,38 +95,44 @@ class BlockSparse(nn.Module):
 
     @torch.no_grad()
     def set_layout(self, layout: Layout, *optimizers: torch.optim.Optimizer) -> None:
-        """Take on another layout of the same grid. Blocks in both keep their weights, their gates and every tensor of that shape that the optimizers hold
-        for them (moments); new blocks begin with weights 0, moments 0 and gate 1. Gradients are cleared.
+        """Take on another layout of the same grid. Blocks in both keep their weights, their gates and all that the optimizers hold for them block by block
+        (moments, and Adafactor's factors of them); new blocks begin with weights 0, gate 1 and the state of a first step. Gradients are cleared.
 
         With as many blocks as before all of it happens in place, so nothing that was compiled for the layer is compiled again, and nothing waits for the
         device. Otherwise the layer gets new parameters, and so do these optimizers; whoever else holds the old ones must fetch them again. ValueError
-        where the grid, the blocks, the shape or the device differ.
+        where the grid, the blocks, the shape or the device differ, and for an optimizer whose state is not kept block by block, as LBFGS's.
         """
         self.layout._same(layout)
         if layout is self.layout:
             return
+        names = ("weight",) if self.gate is None else ("weight", "gate")
+        _check_moves(optimizers, tuple(getattr(self, name) for name in names))
         C, old = layout.grid[1], self.layout
         at = layout.rows.long() * C + layout.columns.long() % C
         was = old.mask.view(-1)[at]
         source = (old.mask.view(-1).cumsum(0)[at] - 1).clamp_min(0)
-        for name in ("weight",) if self.gate is None else ("weight", "gate"):
+        for name in names:
             parameter = getattr(self, name)
             keep = was.view(-1, *[1] * (parameter.ndim - 1))
 
             def moved(tensor: Tensor, fresh: float, keep: Tensor = keep) -> Tensor:
                 return tensor[source].masked_fill(~keep, fresh) if old.kept else tensor.new_full((layout.kept, *tensor.shape[1:]), fresh)
 
-            own = [o.state[parameter] for o in optimizers if parameter in o.state]
-            held = [(state, key) for state in own for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape]
+            held = []
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    if any(p is parameter for p in group["params"]) and parameter in optimizer.state:
+                        state = optimizer.state[parameter]
+                        held += [(state, key, group.get(BEGINS.get(key, ""), 0.0)) for key in state if _by_blocks(state[key], parameter)]
             new = moved(parameter, 1.0 if name == "gate" else 0.0)
             parameter.grad = None
             if layout.kept == old.kept:
                 parameter.copy_(new)
-                for state, key in held:
-                    state[key].copy_(moved(state[key], 0.0))
+                for state, key, begins in held:
+                    state[key].copy_(moved(state[key], begins))
                 continue
-            for state, key in held:
-                state[key] = moved(state[key], 0.0)
+            for state, key, begins in held:
+                state[key] = moved(state[key], begins)
             # a new object: an autograd graph that is still alive holds on to the size of the old one
             fresh = nn.Parameter(new, parameter.requires_grad)
             setattr(self, name, fresh)

@@ -87,6 +87,55 @@ def test_blocks_move_with_their_weights_gates_and_moments(gate):
     assert torch.equal(layer.to_dense().detach() != 0, want["weight"] != 0)
 
 
+@pytest.mark.parametrize("as_many", [True, False])
+def test_factored_moments_move_along(as_many):
+    """Adafactor keeps of each block the means of its rows and of its columns."""
+    g = torch.Generator().manual_seed(3)
+    layer = Linear(36, 64, patterns.random((64, 36), 8, 0.5, g))
+    optimizer = torch.optim.Adafactor([layer.weight])
+    layer(torch.randn(5, 36, generator=g)).square().sum().backward()
+    optimizer.step()
+    old, other = layer.layout, patterns.random((64, 36), 8, 0.5 if as_many else 0.3, g)
+    before = {key: optimizer.state[layer.weight][key].clone() for key in ("row_var", "col_var")}
+    layer.set_layout(other, optimizer)
+    number = old.mask.view(-1).cumsum(0).view(old.mask.shape) - 1
+    both = 0
+    for key, was in before.items():
+        now = optimizer.state[layer.weight][key]
+        assert now.shape == (other.kept, *was.shape[1:])
+        for at, (r, c) in enumerate(other.mask.nonzero().tolist()):
+            both += bool(old.mask[r, c])
+            assert torch.equal(now[at], was[number[r, c]] if old.mask[r, c] else torch.zeros_like(now[at]))
+    assert 0 < both < 2 * other.kept
+
+
+@pytest.mark.parametrize(("kind", "key", "begins"), [(torch.optim.Rprop, "step_size", 0.01), (torch.optim.Adagrad, "sum", 0.5)], ids=["Rprop", "Adagrad"])
+def test_new_blocks_begin_as_the_optimizer_does(kind, key, begins):
+    """Rprop would never leave steps of 0."""
+    g = torch.Generator().manual_seed(3)
+    layer = Linear(36, 64, patterns.random((64, 36), 8, 0.5, g))
+    optimizer = kind([layer.weight], lr=0.01, **({"initial_accumulator_value": 0.5} if key == "sum" else {}))
+    layer(torch.randn(5, 36, generator=g)).square().sum().backward()
+    optimizer.step()
+    old, other = layer.layout, patterns.random((64, 36), 8, 0.5, g)
+    layer.set_layout(other, optimizer)
+    new = ~old.mask[other.mask]
+    assert bool(new.any())
+    assert bool((optimizer.state[layer.weight][key][new] == begins).all())
+
+
+def test_state_that_is_not_by_blocks_is_refused():
+    layer = Linear(36, 64, patterns.random((64, 36), 8, 0.5))
+    other, before = patterns.random((64, 36), 8, 0.5), layer.layout
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    optimizer.state[layer.weight]["preconditioner"] = torch.eye(8)
+    with pytest.raises(ValueError, match=r"optimizer: expected state .* got preconditioner of \(8, 8\) from SGD"):
+        layer.set_layout(other, optimizer)
+    assert layer.layout is before
+    with pytest.raises(ValueError, match="got LBFGS"):
+        layer.set_layout(other, torch.optim.LBFGS(layer.parameters()))
+
+
 def test_rigl_by_hand():
     """One step, in dense arithmetic: the smallest blocks by root mean square go, those with the largest dense gradient come."""
     torch.manual_seed(0)
@@ -242,6 +291,7 @@ def test_it_finds_the_inputs_that_matter():
         ({"model": nn.Linear(2, 2)}, "model: expected at least one layer of onetorch.sparse, got Linear without any"),
         ({"model": 1}, "model: expected a module, got int"),
         ({"optimizer": [1]}, "optimizer: expected an optimizer or a tuple of them, got list"),
+        ({"optimizer": torch.optim.LBFGS([torch.zeros(1)])}, "optimizer: expected one whose state can move along with the blocks, got LBFGS"),
         ({"every": 1.5}, "every: expected a number of steps, got 1.5"),
         ({"fraction": "x"}, "fraction: expected a number, got str"),
         ({"grow": "magnitude"}, 'grow: expected "random", "gradient" or None, got'),
