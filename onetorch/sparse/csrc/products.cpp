@@ -746,7 +746,7 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
       constexpr int full = kVectorBytes / 4;
       const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order;
       if constexpr (kVectorBytes == 64) {  // few blocks for that many tokens; those that stand the other way must be turned in any case
-        const int64_t times = wk == 1 ? 2 * Mode<T>::P : 1;
+        const int64_t times = bn % (4 * full) ? 4 * Mode<T>::P : wk == 1 ? 2 * Mode<T>::P : 1;  // panels of two vectors gain less
         if (whole && xsize[2] > 64 && bn % (2 * full) == 0 && xstride[3] == 1 && times * offsets[C] * bk * bn <= xsize[2] * xsize[3]) {
           auto run = [&](auto nv, auto rows_per_tile) {
             direct<T, full, nv(), rows_per_tile()>(static_cast<const T*>(x), xsize[2], xstride[2], static_cast<const T*>(w), bk, bn, wk, wn, Side{offsets, rows, order, R, C},
