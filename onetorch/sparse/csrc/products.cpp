@@ -153,28 +153,30 @@ inline int64_t number_used(const Side& side, int64_t H, int32_t* place) {
   return most;
 }
 
-// Many rows of X against the transposed matrix of whole blocks: the values are read where they stand, and each is multiplied with NV vectors of tokens. X is
-// packed by groups of VW * NV tokens; a few blocks of a group stay in the first-level cache while the lines of a column pass over them.
-template <class T, int VW, int NV, int ROWS>
-inline void lines_of_column(int64_t lines, int64_t n, const T* w, const int32_t* rows, const int32_t* place, int64_t bk, int64_t bn, const T* packed, typename Mode<T>::Acc* sums, bool begin) {
+// Many rows of X against whole blocks: each value is multiplied with NV vectors of tokens. X is packed by groups of VW * NV tokens; a few blocks of a group stay in the
+// first-level cache while the lines of a column pass over them. `values(t)` is where the units of block t stand: line after line, or (DOWN) unit k of all lines `ld` after
+// unit k - 1. Meanwhile the blocks that come next, at `later(t)`, are asked for: `pitch` bytes a row, of which `across` cache lines are wanted.
+template <class T, int VW, int NV, int ROWS, bool DOWN, class Values, class Later>
+inline void lines_of_column(int64_t lines, int64_t n, Values values, int64_t ld, Later later, int64_t pitch, int64_t across, const int32_t* rows, const int32_t* place, int64_t bk, const T* packed,
+                            typename Mode<T>::Acc* sums, bool begin) {
   using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
-  const int64_t lda = bk / Mode<T>::P;
+  const int64_t units = bk / Mode<T>::P;
   for (int64_t line = 0; line < lines; line += ROWS, sums += ROWS * VW * NV) {
     vec<Acc, VW> acc[ROWS][NV];
     if (begin) { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = vec<Acc, VW>{}; } }
     else { UNROLL for (int i = 0; i < ROWS; i++) { UNROLL for (int j = 0; j < NV; j++) acc[i][j] = load<vec<Acc, VW>>(sums + (i * NV + j) * VW); } }
+    const int64_t share = line / ROWS, part = share % across * 64 + share / across * (units / 2) * pitch;
     for (int64_t t = 0; t < n; t++) {
-      const U* values = reinterpret_cast<const U*>(w + (t * bn + line) * bk);
-      const U* tokens = reinterpret_cast<const U*>(packed + place[rows[t]] * bk * (VW * NV));
-      const U* later = values + n * bn * lda;  // the same place of the next blocks
-      for (int64_t k = 0; k < lda; k++, tokens += VW * NV, later += ROWS) {
-        __builtin_prefetch(later);
+      const U *from = values(t) + (DOWN ? line : line * ld), *tokens = reinterpret_cast<const U*>(packed + place[rows[t]] * bk * (VW * NV));
+      const char* soon = later(t) + part;
+      for (int64_t k = 0; k < units; k++, tokens += VW * NV, from += DOWN ? ld : 1, soon += pitch / 2) {
+        __builtin_prefetch(soon);
         const U* at[ROWS / 4];  // few addresses for many rows
-        UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = values + 4 * i * lda + k;
+        UNROLL for (int i = 0; i < ROWS / 4; i++) at[i] = from + 4 * i * (DOWN ? 1 : ld);
         vec<U, VW> v[NV];
         UNROLL for (int j = 0; j < NV; j++) v[j] = load<vec<U, VW>>(tokens + j * VW);
         UNROLL for (int i = 0; i < ROWS; i++) {
-          const U s = at[i / 4][(i % 4) * lda];
+          const U s = at[i / 4][(i % 4) * (DOWN ? 1 : ld)];
           UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma<Acc, VW>(acc[i][j], s, v[j]);
         }
       }
@@ -226,48 +228,28 @@ inline void write_tokens(const typename Mode<T>::Acc* sums, int64_t bn, const T*
     }
 }
 
-// A block (rows, columns) as (columns, rows): the values of a product that is not transposed, as `many` reads them.
-template <class T> inline void turn_block(T* to, const T* from, int64_t rows, int64_t columns) {
-  constexpr int W = kVectorBytes / 4;
-  if constexpr (sizeof(T) == 4) {
-    if (rows % W == 0 && columns % W == 0) {
-      for (int64_t r = 0; r < rows; r += W)
-        for (int64_t c = 0; c < columns; c += W) transpose_words<W>(reinterpret_cast<uint32_t*>(to + c * rows + r), rows, reinterpret_cast<const uint32_t*>(from + r * columns + c), columns);
-      return;
-    }
-  }
+// Rows of values, `row` apart, each two as one of pairs: units that two rows share. 16 columns, which are whole rows, or a multiple of 32.
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-  if constexpr (std::is_same<T, bf16>::value) {
-    if (rows % 16 == 0 && columns % 16 == 0) {  // two rows as one of pairs; pairs are words, which are turned
-      const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-      auto tile = [&](auto width, int64_t r, int64_t c) {
-        constexpr int W = width();
-        alignas(64) uint32_t words[16 * W];
-        UNROLL for (int i = 0; i < W; i++) {
-          const T* two = from + (r + 2 * i) * columns + c;
-          const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two)), second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + columns));
-          _mm512_store_si512(words + 16 * i, _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));
-        }
-        for (int e = 0; e < 16; e += W) transpose_words<W>(reinterpret_cast<uint32_t*>(to + (c + e) * rows + r), rows / 2, words + e, 16);
-      };
-      for (int64_t r = 0; r < rows; r += rows % 32 ? 16 : 32)
-        for (int64_t c = 0; c < columns; c += 16) {
-          if (rows % 32) tile(std::integral_constant<int, 8>{}, r, c);
-          else tile(std::integral_constant<int, 16>{}, r, c);
-        }
-      return;
-    }
-  }
-#endif
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < columns; c++) to[c * rows + r] = from[r * columns + c];
+inline void pair_rows(uint32_t* to, const bf16* from, int64_t rows, int64_t columns, int64_t row) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), both = _mm512_sub_epi16(low, _mm512_set1_epi32(16 << 16));
+  if (columns == 16)
+    for (int64_t r = 0; r < rows; r += 2, to += 16) _mm512_storeu_si512(to, _mm512_permutexvar_epi16(both, _mm512_loadu_si512(from + r * 16)));
+  else
+    for (int64_t r = 0; r < rows; r += 2, from += 2 * row)
+      for (int64_t c = 0; c < columns; c += 32, to += 32) {
+        const __m512i first = _mm512_loadu_si512(from + c), second = _mm512_loadu_si512(from + row + c);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
+        _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(first, high, second));
+      }
 }
+#endif
 
 template <class T, int VW, int ROWS>
 void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, int64_t bk, int64_t bn, Side side, const T* bias, T* y, int64_t N, int threads) {
-  using E = typename Mode<T>::E; using Acc = typename Mode<T>::Acc;
+  using E = typename Mode<T>::E; using U = typename Mode<T>::U; using Acc = typename Mode<T>::Acc;
   constexpr int64_t NV = 3, P = Mode<T>::P, TOKENS = VW * NV;
-  constexpr int64_t kPanel = 640 << 10, kResident = 24 << 10;  // bytes of tokens in the second-level cache, for all columns, and in the first, for the lines of one
+  constexpr int64_t kPanel = 640 << 10, kResident = 48 << 10;  // bytes of tokens in the second-level cache, for all columns, and of those that the lines of one pass over
   constexpr int64_t kLines = 64;  // at a time of a column that takes several passes: their sums, too, stay in the first-level cache
   Buffer<int32_t> place(side.R);
   const int64_t depth = std::max<int64_t>(1, number_used(side, 1, place.data)) * bk, vectors = (M + VW - 1) / VW;
@@ -277,23 +259,15 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
   const int64_t unit = threads == 1 || panels >= 2 * threads ? NV : 1, units = (vectors + unit - 1) / unit;  // panels of whole groups, unless threads would then get unequal ones
   panels = std::min(panels, units);
   const int64_t most = ((units + panels - 1) / panels * unit + NV - 1) / NV, slice = std::max<int64_t>(1, kResident / int64_t(bk * TOKENS * sizeof(E)));
-  const bool past_cache = streams(y, M * N, N, bn);
-  const int64_t kept = side.offsets[side.C];
+  const int64_t kept = side.offsets[side.C], joined = std::max<int64_t>(1, 64 / int64_t(bn * sizeof(T)));  // columns that share the cache lines of Y are written together
+  const bool past_cache = streams(y, M * N, N, joined * bn);
   Buffer<E> X(threads * most * depth * TOKENS);
-  Buffer<Acc> S(threads * most * bn * TOKENS);
-  Buffer<T> turned(side.order ? kept * bk * bn : 1);
+  Buffer<Acc> S(threads * most * joined * bn * TOKENS);
+  Buffer<U> pairs(side.order && P == 2 ? threads * slice * bk / P * bn : 1);
   PRAGMA(omp parallel num_threads(threads) if (threads > 1)) {
     E* packed = X.data + thread_index() * most * depth * TOKENS;
-    Acc* sums = S.data + thread_index() * most * bn * TOKENS;
-    if (side.order) {
-      PRAGMA(omp for schedule(static))
-      for (int64_t t = 0; t < kept; t++) {
-        const char *next = reinterpret_cast<const char*>(w + side.order[std::min(t + 1, kept - 1)] * bk * bn);  // which may be far from this one
-        for (int64_t e = 0; e < bk * bn * int64_t(sizeof(T)); e += 64) __builtin_prefetch(next + e);
-        turn_block(turned.data + t * bk * bn, w + side.order[t] * bk * bn, bk, bn);
-      }
-    }
-    const T* values = side.order ? turned.data : w;
+    Acc* sums = S.data + thread_index() * most * joined * bn * TOKENS;
+    U* paired = pairs.data + thread_index() * slice * bk / P * bn;
     PRAGMA(omp for schedule(dynamic, 1))
     for (int64_t q = 0; q < panels * splits; q++) {
       const int64_t panel = q / splits, split = q % splits, begin = panel * units / panels * unit, count = std::min(vectors, (panel + 1) * units / panels * unit) - begin, groups = (count + NV - 1) / NV;
@@ -309,20 +283,39 @@ void many(const T* x, int64_t M, int64_t K, int64_t xm, int64_t xk, const T* w, 
             if (place.data[r] >= 0)
               pack_panel<T, E, P, VW * nv()>(packed + g * depth * TOKENS + place.data[r] * bk * VW * nv(), x + token * xm + r * bk * xk, bk, bk, M - token, xk, xm);
         });
-      for (int64_t c = split * side.C / splits; c < (split + 1) * side.C / splits; c++) {
-        const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first;
+      auto edge = [&](int64_t s) { return s == splits ? side.C : s * side.C / splits / joined * joined; };
+      for (int64_t c = edge(split); c < edge(split + 1); c++) {
+        const int64_t first = side.offsets[c], n = side.offsets[c + 1] - first, waiting = c % joined;
         const int64_t lines = n > slice ? std::min<int64_t>(bn, kLines) : bn;
+        const bool cut = side.order && lines < bn;  // blocks are not read as a whole
+        const int64_t pitch = cut ? bn * sizeof(T) : 64, across = cut ? lines * sizeof(T) / 64 : 1;
         for (int64_t line = 0; line < bn; line += lines) {
-          for (int64_t t = 0; t == 0 || t < n; t += slice)
+          for (int64_t t = 0; t == 0 || t < n; t += slice) {
+            const int64_t here = std::min(slice, n - t), now = first + t;
+            const bool last = t + slice >= n, next_line = last && line + lines < bn;
+            const int64_t next = next_line ? first : now + here, ahead = last ? (next_line ? line + lines : 0) : line;
+            auto block = [&](int64_t at, int64_t from) { return side.order ? w + side.order[at] * bk * bn + from : w + (at * bn + from) * bk; };
+            auto later = [&](int64_t e) { return reinterpret_cast<const char*>(block(std::min(next + e, kept - 1), ahead)); };
+            if constexpr (P == 2) {
+              if (side.order) for (int64_t e = 0; e < here; e++) pair_rows(paired + e * bk / P * lines, block(now + e, line), bk, lines, bn);
+            }
             for (int64_t g = 0; g < groups; g++)
               group(g, [&](auto nv, int64_t) {
-                lines_of_column<T, VW, nv(), ROWS>(lines, std::min(slice, n - t), values + ((first + t) * bn + line) * bk, side.rows + first + t, place.data, bk, bn,
-                                                   packed + g * depth * TOKENS, sums + g * lines * TOKENS, t == 0);
+                auto run = [&](auto down, auto values, int64_t ld) {
+                  lines_of_column<T, VW, nv(), ROWS, down()>(lines, here, values, ld, later, pitch, across, side.rows + now, place.data, bk,
+                                                             packed + g * depth * TOKENS, sums + g * joined * lines * TOKENS + waiting * lines * VW * nv(), t == 0);
+                };
+                auto in_place = [&](int64_t e) { return reinterpret_cast<const U*>(block(now + e, line)); };
+                if (!side.order) run(std::false_type{}, in_place, bk / P);
+                else if constexpr (P == 1) run(std::true_type{}, in_place, bn);
+                else run(std::true_type{}, [&](int64_t e) { return paired + e * bk / P * lines; }, lines);
               });
+          }
+          if (waiting + 1 < joined && c + 1 < side.C) continue;
           for (int64_t g = 0; g < groups; g++)
             group(g, [&](auto nv, int64_t token) {
-              const int64_t n0 = c * bn + line;
-              write_tokens<T, VW, nv()>(sums + g * lines * TOKENS, lines, bias ? bias + n0 : nullptr, y + token * N + n0, N, M - token, past_cache);
+              const int64_t n0 = (c - waiting) * bn + line;
+              write_tokens<T, VW, nv()>(sums + g * joined * lines * TOKENS, (waiting + 1) * lines, bias ? bias + n0 : nullptr, y + token * N + n0, N, M - token, past_cache);
             });
         }
       }
@@ -530,11 +523,20 @@ void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t beg
 }
 
 // The sums of a block to where they belong, zeros beyond the edge: an infinity times the padding would be NaN.
-template <class T, int VW> inline void finish_block(typename Mode<T>::Acc* sums, T* out, int64_t block_m, int64_t block_n, int64_t rows, int64_t columns) {
+template <class T, int VW> inline void finish_block(typename Mode<T>::Acc* sums, T* out, int64_t block_m, int64_t block_n, int64_t rows, int64_t columns, bool past_cache) {
   using Acc = typename Mode<T>::Acc;
   if (rows < block_m || columns < block_n)
     for (int64_t i = 0; i < block_m; i++) std::fill(sums + i * block_n + (i < rows ? std::min(block_n, columns) : 0), sums + (i + 1) * block_n, Acc(0));
-  for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(out + i, load<vec<Acc, VW>>(sums + i), VW);
+  if (!past_cache) {
+    for (int64_t i = 0; i < block_m * block_n; i += VW) emit<Acc, T, VW>(out + i, load<vec<Acc, VW>>(sums + i), VW);
+    return;
+  }
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < block_m * block_n; i += line) {
+    alignas(64) T to[line];
+    UNROLL for (int e = 0; e < line; e += VW) emit<Acc, T, VW>(to + e, load<vec<Acc, VW>>(sums + i + e), VW);
+    stream_line(out + i, to);
+  }
 }
 
 // Few blocks and many tokens: each thread takes a part of the tokens for itself, packs all used blocks of some of them at a time, since they stand together, and adds their
@@ -588,7 +590,7 @@ void sdd_few(const T* a, const T* b, int64_t M, int64_t N, int64_t K, int64_t am
         const vec<Acc, VW> v = (of(0) + of(1)) + (of(2) + of(3));
         std::memcpy(s + i, &v, sizeof(v));
       }
-      finish_block<T, VW>(s, out + q * block_n, 1, block_n, M - rows[p] * block_m - q % block_m, N - columns[p] * block_n);
+      finish_block<T, VW>(s, out + q * block_n, 1, block_n, M - rows[p] * block_m - q % block_m, N - columns[p] * block_n, false);
     }
   }
 }
@@ -604,6 +606,7 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
   // Kept blocks come row by row: a thread packs a block row of A when it comes to it. The columns of B are packed beforehand where each serves several blocks, else likewise.
   const bool share_a = sums_of > 1, share_b = share_a || kept > 2 * H * C;
   Buffer<E> A((share_a ? G * H * R : threads) * a_size), B((share_b ? G * H * C : threads) * b_size);
+  const bool past_cache = streams(out, blocks * block_m * block_n, block_m * block_n, block_m * block_n);
   Buffer<uint8_t> used(H * C);
   std::fill(used.data, used.data + H * C, uint8_t(0));
   for (int64_t p = 0; p < kept; p++) used.data[rows[p] / R * C + columns[p] % C] = 1;
@@ -643,8 +646,9 @@ void sdd(const T* a, const T* b, int64_t G, int64_t H, int64_t M, int64_t N, int
           }
         }
       }
-      finish_block<T, VW>(sums, o, block_m, block_n, M - r * block_m, N - c * block_n);
+      finish_block<T, VW>(sums, o, block_m, block_n, M - r * block_m, N - c * block_n, past_cache);
     }
+    stream_end();
   }
 }
 
@@ -740,9 +744,9 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
                    static_cast<const T*>(bias), static_cast<T*>(y), N, threads)) return;
     if constexpr (std::is_same<T, typename Mode<T>::E>::value && sizeof(T) <= 4) {
       constexpr int full = kVectorBytes / 4;
-      const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order && bk % full == 0;
+      const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order;
       if constexpr (kVectorBytes == 64) {  // few blocks for that many tokens; those that stand the other way must be turned in any case
-        const int64_t times = wk == 1 ? 2 * Mode<T>::P : 1;
+        const int64_t times = bn % (4 * full) ? 4 * Mode<T>::P : wk == 1 ? 2 * Mode<T>::P : 1;  // panels of two vectors gain less
         if (whole && xsize[2] > 64 && bn % (2 * full) == 0 && xstride[3] == 1 && times * offsets[C] * bk * bn <= xsize[2] * xsize[3]) {
           auto run = [&](auto nv, auto rows_per_tile) {
             direct<T, full, nv(), rows_per_tile()>(static_cast<const T*>(x), xsize[2], xstride[2], static_cast<const T*>(w), bk, bn, wk, wn, Side{offsets, rows, order, R, C},
