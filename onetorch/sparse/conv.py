@@ -7,9 +7,9 @@ With stride 1, in float32 and float64 on the CPU, each row of kernel positions i
 window that overlaps in memory: nothing is laid out per position. Where torch's dense convolution was measured faster on this machine (`costs_of`, for
 forward alone and with backward; `choice` says which it is), and for every other stride, dtype and device, the weight is filled in and torch's dense
 convolution is taken; there a NaN in a channel that no block uses is read. Beside torch's dense convolution on one core of an AMD EPYC, forward and
-backward, blocks of 32: 1 x 1, 512 channels: 0.69 of its time with half of the blocks, 0.46 at 25 %; 3 x 3: 0.64 to 0.75 at 50 %, 0.36 to 0.46 at 25 %.
+backward, blocks of 32: 1 x 1, 512 channels: 0.65 of its time with half of the blocks, 0.41 at 25 %; 3 x 3: 0.63 to 0.71 at 50 %, 0.37 to 0.44 at 25 %.
 Where the dense one is taken (mostly above half of the blocks, one or two images) training fills in the weight at each call and takes its gradient out
-again: 1.00 to 1.05 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
+again: 1.00 to 1.04 of dense; where no gradient is asked for it stays filled in: 1.00 to 1.02 (benchmarks/sparse_conv.py).
 Convolutions after openai/blocksparse (Gray, Radford, Kingma:
 GPU Kernels for Block-Sparse Weights, 2017), whose blocks are lists of channels: permute the channels to bring such lists into blocks.
 """

@@ -21,7 +21,7 @@ class MultiheadAttention(nn.Module):
     heads           query heads; `key_heads` divides them (grouped-query attention, Ainslie et al. 2023); left out: as many
     layout          (S, S), one for all heads or one per query head; a shorter sequence takes the layout's first rows and columns
     causal, groups, order, mask   as `attention` has them
-    dropout         of the probabilities, while training
+    dropout         of the probabilities, while training; a token that is written on its own (`decode`) has none
     bias            of the two projections
 
     qkv is Linear(features, (heads + 2 key_heads) D): queries, keys, values; out is Linear(features, features).

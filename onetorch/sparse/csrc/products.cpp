@@ -3,11 +3,11 @@
 //   dds:  Y[g,h] = X[g,h] @ op(S[g,h])   each tile of MR rows x NR columns stays in registers while the kept blocks of its column pass
 //   sdd:  S[g,h] = A[g,h] @ B[g,h]       at the kept blocks only
 //
-// Four kernels for dds. `few` and `many` multiply whole blocks whose values stand as (output, input), by the number of tokens: the values are read where they stand
-// (`many` turns them first if they stand the other way), and tokens are packed across the lanes. `direct` is for many tokens and few blocks: outputs run across the
-// lanes, tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd sizes, other dtypes): it packs tokens into tiles and
-// values into panels (transposed, converted, cleared beyond the edge). In the last three a thread takes a panel of tokens that stays in its second-level cache, and all
-// columns past it. Every output element is summed in one fixed order: results do not depend on the schedule.
+// Four kernels for dds. `few` and `many` multiply whole blocks, by the number of tokens: the values are read where they stand, and tokens are packed across the lanes.
+// `few` wants the values as (output, input); `many` takes them the other way, too (of bfloat16 a few blocks at a time are then brought into pairs of inputs). `direct` is
+// for many tokens and few blocks: outputs run across the lanes, tokens are read where they stand, and the values are packed. `dds` takes the rest (batches, heads, odd
+// sizes, other dtypes): it packs tokens into tiles and values into panels (transposed, converted, cleared beyond the edge). In the last three a thread takes a panel of
+// tokens that stays in its second-level cache, and all columns past it. Every output element is summed in one fixed order: results do not depend on the schedule.
 #include "kernels.h"
 
 namespace {
@@ -744,9 +744,9 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
                    static_cast<const T*>(bias), static_cast<T*>(y), N, threads)) return;
     if constexpr (std::is_same<T, typename Mode<T>::E>::value && sizeof(T) <= 4) {
       constexpr int full = kVectorBytes / 4;
-      const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, in_place = wk == 1 && !order, to_turn = wn == 1 && order;
-      if constexpr (kVectorBytes == 64) {  // few blocks for that many tokens; those that stand the other way must be turned in any case
-        const int64_t times = bn % (4 * full) ? 4 * Mode<T>::P : wk == 1 ? 2 * Mode<T>::P : 1;  // panels of two vectors gain less
+      const bool whole = xsize[0] == 1 && xsize[1] == 1 && xsize[3] == R * bk && N == C * bn, as_they_stand = wk == 1 ? !order : wn == 1 && order;
+      if constexpr (kVectorBytes == 64) {  // few blocks for that many tokens: how few was measured; panels of only two vectors and values that are packed across pay later
+        const int64_t times = bn % (4 * full) ? 4 * Mode<T>::P : wk == 1 ? 2 * Mode<T>::P : 1;
         if (whole && xsize[2] > 64 && bn % (2 * full) == 0 && xstride[3] == 1 && times * offsets[C] * bk * bn <= xsize[2] * xsize[3]) {
           auto run = [&](auto nv, auto rows_per_tile) {
             direct<T, full, nv(), rows_per_tile()>(static_cast<const T*>(x), xsize[2], xstride[2], static_cast<const T*>(w), bk, bn, wk, wn, Side{offsets, rows, order, R, C},
@@ -757,7 +757,7 @@ int onetorch_dds(int dtype, const void* x, const int64_t* xsize, const int64_t* 
           return;
         }
       }
-      if (whole && xsize[2] > 64 && bn % full == 0 && (in_place || to_turn)) {
+      if (whole && xsize[2] > 64 && bn % full == 0 && as_they_stand) {
         many<T, full, kVectorBytes == 64 ? 8 : 4>(static_cast<const T*>(x), xsize[2], xsize[3], xstride[2], xstride[3], static_cast<const T*>(w), bk, bn, Side{offsets, rows, order, R, C},
                                                   static_cast<const T*>(bias), static_cast<T*>(y), N, threads);
         return;
