@@ -423,6 +423,7 @@ def decode(
     wanted = sets.any(1)  # (1 or Hk, C)
     most = max(1, int(wanted.sum(1).max()))  # never 0: torch.compile, for which the number is unknown, would ask whether it is
     columns = wanted.sort(dim=1, descending=True, stable=True).indices[:, :most]  # (1 or Hk, m)
+    torch._check(columns.shape[1] > 0)  # said once more for torch 2.11
     at = (columns[:, :, None] * bc + torch.arange(bc, device=device)).flatten(1)  # places in the layout, (1 or Hk, m bc)
     key = at if order is None else order[at.clamp_max(Sk - 1)]
     exists = (at < Sk) & (key < end)

@@ -101,7 +101,7 @@ def sss(a: Tensor, b: Tensor, a_layout: Layout, b_layout: Layout, layout: Layout
     a (..., kept, br, bk) of `a_layout`, b (..., kept, bk, bc) of `b_layout`, with the same leading dimensions, heads and blocks of K. `layout` (R, C) is what
     of the product is wanted; left out: all that can be other than zero, `a_layout @ b_layout`. Memory grows with the pairs of blocks that meet (for the
     backward pass), not with R, K and C. What blocks hold beyond the edge is not read. Differentiable any number of times; on the CPU bit-identical from
-    call to call. Under torch.compile the layouts are constants: others compile again. ValueError names the argument that does not fit.
+    call to call. Under torch.compile (torch 2.13 on) layouts are constants: others compile again. ValueError names the argument that does not fit.
     """
     for name, one in (("a_layout", a_layout), ("b_layout", b_layout)):
         if not isinstance(one, Layout):

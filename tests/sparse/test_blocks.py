@@ -165,6 +165,7 @@ def test_wrong_arguments():
             call()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="a compiler that cannot give back a layout before torch 2.13")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_sss_compiles_whole_for_each_layout(dynamic):
     """Layouts of equal shapes and numbers of blocks, so that only their identity tells them apart."""
