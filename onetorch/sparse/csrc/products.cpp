@@ -230,18 +230,19 @@ inline void write_tokens(const typename Mode<T>::Acc* sums, int64_t bn, const T*
 
 // Rows of values, `row` apart, each two as one of pairs: units that two rows share. 16 columns, which are whole rows, or a multiple of 32.
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-inline void pair_rows(uint32_t* to, const bf16* from, int64_t rows, int64_t columns, int64_t row) {
+inline void pair_32(uint32_t* to, const bf16* one, const bf16* other) {  // 32 numbers of two rows
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), both = _mm512_sub_epi16(low, _mm512_set1_epi32(16 << 16));
+  const __m512i first = _mm512_loadu_si512(one), second = _mm512_loadu_si512(other);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(first, _mm512_add_epi16(low, _mm512_set1_epi16(16)), second));
+}
+inline void pair_rows(uint32_t* to, const bf16* from, int64_t rows, int64_t columns, int64_t row) {
+  const __m512i both = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   if (columns == 16)
     for (int64_t r = 0; r < rows; r += 2, to += 16) _mm512_storeu_si512(to, _mm512_permutexvar_epi16(both, _mm512_loadu_si512(from + r * 16)));
   else
     for (int64_t r = 0; r < rows; r += 2, from += 2 * row)
-      for (int64_t c = 0; c < columns; c += 32, to += 32) {
-        const __m512i first = _mm512_loadu_si512(from + c), second = _mm512_loadu_si512(from + row + c);
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
-        _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(first, high, second));
-      }
+      for (int64_t c = 0; c < columns; c += 32, to += 32) pair_32(to, from + c, from + row + c);
 }
 #endif
 
@@ -496,18 +497,14 @@ void pack_block(E* dst, const T* src, int64_t depth, int64_t padded, int64_t beg
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
   if constexpr (P == 2 && std::is_same<T, E>::value) {
     if (n_stride == 1 && columns >= block && block % 32 == 0 && end <= depth) {  // pairs of tokens from two rows at a time
-      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
       constexpr int part = std::min(WIDTH, 16);
       for (int64_t k = begin; k < end; k += 2)
         for (int64_t n = 0; n < block; n += 32) {
           const T* from = src + k * k_stride + n;
           __builtin_prefetch(from + kTokens * k_stride);  // rows often lie a page apart, where the machine does not look ahead
           __builtin_prefetch(from + (kTokens + 1) * k_stride);
-          const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + k_stride);
           alignas(64) uint32_t pairs[32];
-          _mm512_store_si512(pairs, _mm512_permutex2var_epi16(first, low, second));
-          _mm512_store_si512(pairs + 16, _mm512_permutex2var_epi16(first, high, second));
+          pair_32(pairs, from, from + k_stride);
           UNROLL for (int e = 0; e < 32; e += part) {
             const vec<uint32_t, part> words = load<vec<uint32_t, part>>(pairs + e);
             std::memcpy(dst + (n + e) / WIDTH * WIDTH * padded + (k - begin) * WIDTH + (n + e) % WIDTH * 2, &words, sizeof(words));
